@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optima
 from optima.patterns import Pattern, Scope
-from optima.selectors.base import LinearTask, Selection, Selector, make_selector, needs_of
+from optima.selectors.base import LinearTask, Selection, Selector, make_selector
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Dumping:
 
     @property
     def needs(self) -> frozenset[str]:
-        return needs_of(self.inner)
+        return frozenset(getattr(self.inner, "needs", ()))
 
     @property
     def published_scope(self) -> Scope:

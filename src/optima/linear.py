@@ -39,7 +39,7 @@ class Methods:
     Attributes:
         selector: chooses the mask.
         solver: re-solves the kept weights, or None to keep the selector's.
-        needs: what calibration finds for the selector, see ``optima.selectors.base.needs_of``.
+        needs: what calibration finds for the selector: ``coupling``, or nothing more than statistics.
     """
 
     selector: Selector

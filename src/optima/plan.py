@@ -38,7 +38,7 @@ from optima.patterns import NM, SCOPES, Pattern, PatternTable, Scope
 from optima.recipe import Recipe
 from optima.reporting.summary import runtime_note
 from optima.selectors.alps import ALPS
-from optima.selectors.base import Selector, load_foreign, make_selector, needs_of
+from optima.selectors.base import Selector, load_foreign, make_selector
 from optima.selectors.external import External
 from optima.selectors.optima import Optima
 from optima.tune import BYTES_PER_TUNED, Tuning
@@ -177,7 +177,7 @@ def make_methods(recipe: Recipe, trust_remote_code: bool = False) -> Methods:
         raise RecipeError(f"selector {name} runs code: if you trust it, add --trust-remote-code")
     else:
         selector = load_foreign(name) if ":" in name else make_selector(name)
-    needs = needs_of(selector) - (set() if recipe.resolved_objective == "loss" else {"coupling"})
+    needs = frozenset(getattr(selector, "needs", ())) if recipe.resolved_objective == "loss" else frozenset()
     return Methods(selector, make_solver(recipe.solver, recipe.gap), needs=needs)
 
 

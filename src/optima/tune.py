@@ -21,14 +21,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, zip_longest
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from optima.calibration.activations import Activations, Microbatch, hidden_of
-from optima.calibration.lm_head import LmHead
+from optima.calibration.lm_head import LmHead, LogitsError
 from optima.calibration.weights import FisherWeights
 from optima.core.products import all_finite
 from optima.device import GRADIENT, backward_explained, differentiable, full_precision, one_memory_error
@@ -92,23 +91,9 @@ class Tuned:
     on_logits: bool = False
 
 
-class Cost(Protocol):
-    """What it costs that a block's outputs are not those of the dense block."""
-
-    def __call__(self, found: Tensor, target: Tensor, microbatch: Microbatch, epoch: int = 0) -> Tensor:
-        """The mean cost of what the block makes of a microbatch, where the dense block's output is ``target``."""
-
-    def gradient_scale(self, cost: float, tokens: int) -> float:
-        """By what to multiply the cost of a piece of so many ``tokens``, about ``cost``, before its gradient is taken.
-
-        Adam does not care, but float16 would lose it, and Adam's epsilon outweigh it. A power of two, which rounds
-        nothing.
-        """
-
-
 @dataclass(frozen=True)
 class BlockError:
-    """A cost by the change of the outputs, in a metric.
+    """The cost of a change of a block's outputs, in a metric.
 
     Not their relative change: in some models a few channels that hardly matter hold nearly all of the energy.
 
@@ -138,7 +123,11 @@ class BlockError:
         return cls((count / len(energy_E) / energy_E.clamp_min(SMALLEST_ENERGY)).diag().to(device))
 
     def gradient_scale(self, cost: float, tokens: int) -> float:
-        """See ``Cost``: the gradient at the outputs, which goes as 1 / ``tokens``, is near ``GRADIENT`` then."""
+        """What brings the gradient at the outputs near ``GRADIENT``, for microbatches of ``tokens`` that cost ``cost``.
+
+        Adam does not care, but float16 would lose it, and Adam's epsilon outweigh it. A power of two, which rounds
+        nothing.
+        """
         trace = float(self.metric_EE.trace())
         change = math.sqrt(cost / trace) if cost > 0.0 < trace else 0.0  # root mean square, were all channels alike
         gradient = 2.0 * change * float(self.metric_EE.diagonal().mean()) / tokens
@@ -168,169 +157,6 @@ class BlockError:
         return (cost_TS * weight_T.to(cost_T)[:, None]).mean()
 
 
-def tune(
-    block: Block,
-    keeps: Mapping[str, Tensor],
-    acts: Activations,
-    targets: Sequence[Tensor],
-    cost: Cost,
-    tuning: Tuning,
-    solutions: dict[str, Tensor] | None = None,
-) -> Tuned:
-    """Tune a block in place. All ranks of ``acts`` call it, and end with the same weights.
-
-    Args:
-        block: pruned, on the device of ``acts``.
-        keeps: keep_OD of its pruned linears by their full names.
-        acts: inputs of the pruned block, for the sequences of this rank.
-        targets: of each batch, the output of the dense block on dense inputs.
-        cost: what is minimised.
-        tuning: how.
-        solutions: weights of linears before rounding, where they were solved: masters start there. It is emptied.
-
-    Raises:
-        ModelError: if the block has no gradients.
-    """
-    ranks, pieces = acts.ranks, acts.microbatches()
-    samples = ranks.gather([rows.stop - rows.start for _, rows, _ in pieces])
-    sizes = [size for own in samples for size in own]  # microbatches are numbered over all ranks
-    if len(sizes) < 2:
-        return Tuned((), 0, ONE_PIECE)
-    held_out = [*range(HELD_OUT - 1, len(sizes), HELD_OUT)] or [len(sizes) - 1]
-    trained = [number for number in range(len(sizes)) if number not in held_out]
-    first = sum(map(len, samples[: ranks.rank]))
-    own = dict(enumerate(pieces, first))
-    held, rest = ([own[number] for number in numbers if number in own] for numbers in (held_out, trained))
-    with torch.inference_mode(False):
-        masters = _masters(block, keeps, solutions or {})
-    if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
-        raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
-    error = _Error(block, acts, targets, cost, masters)
-    rate = tuning.learning_rate * tuning.step_rate
-    best, kept = 0, {name: master.detach().clone() for name, master in masters.items()}
-    optimizer = _adam(masters)
-    generator = torch.Generator().manual_seed(tuning.seed * SEEDS + block.index)
-    epochs = [steps_of(trained, sizes, tuning.batch_size, generator) for _ in range(tuning.epochs)]
-    steps, step = sum(map(len, epochs)), 0
-    history = [_mean_error(error, held, ranks)]
-    tokens = max(ranks.gather(max((_tokens(acts, piece) for piece in rest), default=0)))
-    scale = cost.gradient_scale(history[0], tokens)
-    for epoch, chosen in enumerate(epochs):
-        for numbers in chosen:
-            for group in optimizer.param_groups:
-                group["lr"] = group["size"] * rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-            with _memory_of_all(ranks):
-                _backward(error, [own[number] for number in numbers if number in own], epoch, scale)
-            _all_reduce_gradients(masters, len(numbers), ranks)
-            if all_finite(*(master.grad for master in masters.values() if master.grad is not None)):
-                optimizer.step()  # without one that overflowed, which would spoil Adam's moments
-            optimizer.zero_grad()
-            step += 1
-        history.append(_mean_error(error, held, ranks))
-        if history[-1] < min(history[:-1]) and all_finite(*masters.values()):
-            best = epoch + 1
-            _copy(masters, kept)
-        else:
-            _copy(kept, masters)
-            optimizer, rate = _adam(masters), rate * BACKTRACK
-    if best:
-        _copy(kept, {name: parameter for name, parameter in block.module.named_parameters() if name in kept})
-    return Tuned(tuple(history), best)
-
-
-def steps_of(
-    microbatches: Sequence[int], sizes: Sequence[int], batch_size: int, generator: torch.Generator
-) -> list[list[int]]:
-    """The microbatches of each step of an epoch, in random order.
-
-    The list is split into ``batch_size`` contiguous parts, and a step has one of each, if all have one sequence: so two
-    or four ranks, which have contiguous parts of it too, share each step evenly.
-
-    Args:
-        microbatches: their numbers.
-        sizes: sequences of every number.
-        batch_size: sequences of a step, at least; the last step may have fewer.
-        generator: of the order.
-    """
-    count = len(microbatches)
-    bounds = [part * count // batch_size for part in range(batch_size + 1)]
-    parts = [(start + torch.randperm(stop - start, generator=generator)).tolist() for start, stop in pairwise(bounds)]
-    steps: list[list[int]] = [[]]
-    for place in (place for places in zip_longest(*parts) for place in places if place is not None):
-        if sum(sizes[number] for number in steps[-1]) >= batch_size:
-            steps.append([])
-        steps[-1].append(microbatches[place])
-    return steps
-
-
-@dataclass(frozen=True)
-class _Error:
-    """The cost of the block's output on a microbatch, with the masters, rounded to their dtypes, as its weights."""
-
-    block: Block
-    acts: Activations
-    targets: Sequence[Tensor]
-    cost: Cost
-    masters: Mapping[str, Tensor]
-
-    def __call__(self, piece: Microbatch, epoch: int = 0) -> Tensor:
-        module = self.block.module
-        rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
-        (batch, rows, samples), call = piece, partial(functional_call, module, rounded)
-        found = hidden_of(self.acts.run(self.block, batch, rows, call))
-        target = rows_of(self.targets[batch], rows, samples).to(self.acts.device)
-        return self.cost(found, target, piece, epoch)
-
-
-def _backward(error: _Error, pieces: Sequence[Microbatch], epoch: int, scale: float) -> None:
-    """Add the gradients of microbatches to the masters'."""
-    block = error.block
-    with torch.inference_mode(False), torch.enable_grad(), differentiable(block.module):
-        for piece in pieces:
-            lost = error(piece, epoch)
-            if not lost.requires_grad:
-                raise ModelError(
-                    f"{block.name} cannot be tuned: its output does not depend on its weights by a gradient. "
-                    "Set --tuning-epochs to 0"
-                )
-            with backward_explained(block.name):
-                (lost * scale).backward()
-
-
-def _mean_error(error: _Error, pieces: Sequence[Microbatch], ranks: Ranks) -> float:
-    """Over the held-out microbatches of all ranks."""
-    with torch.no_grad(), _memory_of_all(ranks):
-        own = [float(error(piece)) for piece in pieces]
-    every = [value for values in ranks.gather(own) for value in values]
-    return sum(every) / len(every)
-
-
-def _all_reduce_gradients(masters: Mapping[str, Tensor], count: int, ranks: Ranks) -> None:
-    """The mean gradient of a step's ``count`` microbatches, on every rank."""
-    if ranks.size > 1:
-        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in masters.values()]
-        flat = ranks.all_reduce_(torch.cat([gradient.flatten() for gradient in gradients]))
-        for master, part in zip(masters.values(), flat.split([each.numel() for each in gradients]), strict=True):
-            master.grad = part.view_as(master).to(master.dtype)
-    if count > 1:
-        for master in masters.values():
-            if master.grad is not None:
-                master.grad.div_(count)
-
-
-@contextmanager
-def _memory_of_all(ranks: Ranks) -> Iterator[None]:
-    """Memory that runs out inside, on one rank, is an error on every rank: no rank waits for another."""
-    lost: torch.OutOfMemoryError | None = None
-    try:
-        with one_memory_error():
-            yield
-    except torch.OutOfMemoryError as error:
-        lost = error
-    if any(ranks.gather(lost is not None)):
-        raise lost or torch.OutOfMemoryError("another rank is out of memory")
-
-
 def tune_block(
     block: Block,
     keeps: Mapping[str, Tensor],
@@ -350,34 +176,195 @@ def tune_block(
         weights: of the tokens of each batch, (T,), or None.
         lm_head: the LM head, if it reads the output of the block.
     """
-    ranks = acts.ranks
-    if lm_head is not None:
-        tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
+    cost: AbstractContextManager[BlockError | LogitsError]
     try:
         # Gradients are taken through the metric.
-        with torch.inference_mode(False), full_precision(), _memory_of_all(ranks):
-            cost: AbstractContextManager[Cost]
+        with torch.inference_mode(False), full_precision(), _memory_of_all(acts.ranks):
             if lm_head is not None:
+                tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
                 cost = lm_head.error(acts)
             elif loss is not None:
                 cost = nullcontext(BlockError.by_loss(loss.residual[block.name].to(acts.device), weights))
             else:
-                cost = nullcontext(BlockError.by_channel(targets, ranks, acts.device))
-        with full_precision(), one_memory_error(), cost as error:
-            tuned = tune(block, keeps, acts, targets, error, tuning, solutions)
+                cost = nullcontext(BlockError.by_channel(targets, acts.ranks, acts.device))
+        with full_precision(), one_memory_error(), cost as found:
+            tuned = tune(block, keeps, acts, targets, found, tuning, solutions)
     except torch.OutOfMemoryError:  # nothing of the block has changed yet
         return Tuned((), 0, OUT_OF_MEMORY)
     return replace(tuned, on_logits=lm_head is not None and bool(tuned.held_out))
+
+
+def tune(
+    block: Block,
+    keeps: Mapping[str, Tensor],
+    acts: Activations,
+    targets: Sequence[Tensor],
+    cost: BlockError | LogitsError,
+    tuning: Tuning,
+    solutions: dict[str, Tensor] | None = None,
+) -> Tuned:
+    """Tune a block in place. All ranks of ``acts`` call it, and end with the same weights.
+
+    Args:
+        block: pruned, on the device of ``acts``.
+        keeps: keep_OD of its pruned linears by their full names.
+        acts: inputs of the pruned block, for the sequences of this rank.
+        targets: of each batch, the output of the dense block on dense inputs.
+        cost: what is minimised.
+        tuning: how.
+        solutions: weights of linears before rounding, where they were solved: masters start there. It is emptied.
+
+    Raises:
+        ModelError: if the block has no gradients.
+    """
+    ranks, own = acts.ranks, acts.microbatches()
+    samples = ranks.gather([rows.stop - rows.start for _, rows, _ in own])
+    sizes = [size for each in samples for size in each]  # microbatches are numbered over all ranks
+    if len(sizes) < 2:
+        return Tuned((), 0, ONE_PIECE)
+    numbered = dict(enumerate(own, start=sum(map(len, samples[: ranks.rank]))))
+    held_out = [*range(HELD_OUT - 1, len(sizes), HELD_OUT)] or [len(sizes) - 1]
+    trained = [number for number in range(len(sizes)) if number not in held_out]
+    with torch.inference_mode(False):
+        masters = _masters(block, keeps, solutions or {})
+    if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
+        raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
+
+    error = _Error(block, acts, targets, cost, masters, numbered)
+    rate = tuning.learning_rate * tuning.step_rate
+    best, kept = 0, {name: master.detach().clone() for name, master in masters.items()}
+    optimizer = _adam(masters)
+    generator = torch.Generator().manual_seed(tuning.seed * SEEDS + block.index)
+    epochs = [_steps(trained, sizes, tuning.batch_size, generator) for _ in range(tuning.epochs)]
+    history, steps, step = [error.mean(held_out)], sum(map(len, epochs)), 0
+    scale = cost.gradient_scale(history[0], error.most_tokens(trained))
+    for epoch, chosen in enumerate(epochs):
+        for numbers in chosen:
+            for group in optimizer.param_groups:
+                group["lr"] = group["size"] * rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+            error.backward(numbers, epoch, scale)
+            _all_reduce_gradients(masters, len(numbers), ranks)
+            if all_finite(*(master.grad for master in masters.values() if master.grad is not None)):
+                optimizer.step()  # without one that overflowed, which would spoil Adam's moments
+            optimizer.zero_grad()
+            step += 1
+        history.append(error.mean(held_out))
+        if history[-1] < min(history[:-1]) and all_finite(*masters.values()):
+            best = epoch + 1
+            _copy(masters, kept)
+        else:
+            _copy(kept, masters)
+            optimizer, rate = _adam(masters), rate * BACKTRACK
+    if best:
+        _copy(kept, {name: parameter for name, parameter in block.module.named_parameters() if name in kept})
+    return Tuned(tuple(history), best)
+
+
+@dataclass(frozen=True)
+class _Error:
+    """The cost of the block with the masters, rounded to their dtypes, as its weights.
+
+    Attributes:
+        numbered: the microbatches of this rank, by their number among those of all ranks.
+    """
+
+    block: Block
+    acts: Activations
+    targets: Sequence[Tensor]
+    cost: BlockError | LogitsError
+    masters: Mapping[str, Tensor]
+    numbered: Mapping[int, Microbatch]
+
+    def _own(self, numbers: Sequence[int]) -> list[Microbatch]:
+        return [self.numbered[number] for number in numbers if number in self.numbered]
+
+    def _of(self, microbatch: Microbatch, epoch: int = 0) -> Tensor:
+        module, (batch, rows, samples) = self.block.module, microbatch
+        rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
+        found = hidden_of(self.acts.run(self.block, batch, rows, partial(functional_call, module, rounded)))
+        target = rows_of(self.targets[batch], rows, samples).to(self.acts.device)
+        return self.cost(found, target, microbatch, epoch)
+
+    def mean(self, numbers: Sequence[int]) -> float:
+        """Over these microbatches of all ranks."""
+        with torch.no_grad(), _memory_of_all(self.acts.ranks):
+            own = [float(self._of(microbatch)) for microbatch in self._own(numbers)]
+        every = [value for values in self.acts.ranks.gather(own) for value in values]
+        return sum(every) / len(every)
+
+    def most_tokens(self, numbers: Sequence[int]) -> int:
+        """Of one of these microbatches."""
+        own = ((rows.stop - rows.start) * self.acts.sizes[batch][1] for batch, rows, _ in self._own(numbers))
+        return int(max(self.acts.ranks.gather(max(own, default=0))))
+
+    def backward(self, numbers: Sequence[int], epoch: int, scale: float) -> None:
+        """Add the gradients of those microbatches that are this rank's to the masters'."""
+        name, module = self.block.name, self.block.module
+        with (
+            _memory_of_all(self.acts.ranks),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            differentiable(module),
+        ):
+            for microbatch in self._own(numbers):
+                lost = self._of(microbatch, epoch)
+                if not lost.requires_grad:
+                    raise ModelError(
+                        f"{name} cannot be tuned: its output does not depend on its weights by a gradient. "
+                        "Set --tuning-epochs to 0"
+                    )
+                with backward_explained(name):
+                    (lost * scale).backward()
+
+
+def _steps(
+    microbatches: Sequence[int], sizes: Sequence[int], batch_size: int, generator: torch.Generator
+) -> list[list[int]]:
+    """The microbatches of each step of an epoch, in random order; a step has at least ``batch_size`` sequences.
+
+    The list is split into ``batch_size`` contiguous parts, and a step has one of each, if all have one sequence: so two
+    or four ranks, which have contiguous parts of it too, share each step evenly.
+    """
+    count = len(microbatches)
+    bounds = [part * count // batch_size for part in range(batch_size + 1)]
+    parts = [(start + torch.randperm(stop - start, generator=generator)).tolist() for start, stop in pairwise(bounds)]
+    steps: list[list[int]] = [[]]
+    for place in (place for places in zip_longest(*parts) for place in places if place is not None):
+        if sum(sizes[number] for number in steps[-1]) >= batch_size:
+            steps.append([])
+        steps[-1].append(microbatches[place])
+    return steps
+
+
+def _all_reduce_gradients(masters: Mapping[str, Tensor], count: int, ranks: Ranks) -> None:
+    """The mean gradient of a step's ``count`` microbatches, on every rank."""
+    if ranks.size > 1:
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in masters.values()]
+        flat = ranks.all_reduce_(torch.cat([gradient.flatten() for gradient in gradients]))
+        for master, part in zip(masters.values(), flat.split([each.numel() for each in gradients]), strict=True):
+            master.grad = part.view_as(master).to(master.dtype)
+    for master in masters.values() if count > 1 else ():
+        if master.grad is not None:
+            master.grad.div_(count)
+
+
+@contextmanager
+def _memory_of_all(ranks: Ranks) -> Iterator[None]:
+    """Memory that runs out inside, on one rank, is an error on every rank: no rank waits for another."""
+    lost: torch.OutOfMemoryError | None = None
+    try:
+        with one_memory_error():
+            yield
+    except torch.OutOfMemoryError as error:
+        lost = error
+    if any(ranks.gather(lost is not None)):
+        raise lost or torch.OutOfMemoryError("another rank is out of memory")
 
 
 @torch.no_grad()
 def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
     for name, tensor in destination.items():
         tensor.detach().copy_(source[name]).add_(0.0)  # what is rounded to -0 becomes 0, as pruned weights are
-
-
-def _tokens(acts: Activations, piece: Microbatch) -> int:
-    return int(piece.rows.stop - piece.rows.start) * acts.sizes[piece.batch][1]
 
 
 def _adam(masters: Mapping[str, Tensor]) -> torch.optim.Adam:
@@ -398,7 +385,9 @@ def changed(block: Block, pruned: Collection[str], tuned: bool = True) -> dict[s
     But for those of other blocks too, whose dense outputs would change as well, for biases of what is left dense, and
     for what else is in a router that is: its choice has no gradient.
     """
-    routing = tuple(f"{root}." for root in _routers(block, pruned))
+    routing = tuple(
+        _routing_part(router).removeprefix(f"{block.name}.") for router in block.routers if router not in pruned
+    )
     weights = {id(linear.parameter) for linear in block.linears if linear.name in pruned}
     named = dict(block.module.named_parameters())
 
@@ -411,14 +400,10 @@ def changed(block: Block, pruned: Collection[str], tuned: bool = True) -> dict[s
     return {name: each for name, each in named.items() if id(each) in weights or (tuned and is_own_vector(name, each))}
 
 
-def _routers(block: Block, pruned: Collection[str]) -> list[str]:
-    """What routes in a block and is left dense, by its name there: a linear, or the module that it is a part of."""
-    found = []
-    for router in block.routers:
-        around = module_around(router)
-        root = f"{around}{router.removeprefix(around).partition('.')[0]}"
-        found += [] if router in pruned else [root.removeprefix(f"{block.name}.")]
-    return found
+def _routing_part(router: str) -> str:
+    """The start of the names of all parameters of a router: a linear, or the module that it is a part of."""
+    around = module_around(router)
+    return f"{around}{router.removeprefix(around).partition('.')[0]}."
 
 
 def _masters(block: Block, keeps: Mapping[str, Tensor], solutions: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -444,4 +429,4 @@ def _masters(block: Block, keeps: Mapping[str, Tensor], solutions: dict[str, Ten
 
 def _mask_gradient(keep_like: Tensor, master: Tensor) -> None:
     assert master.grad is not None
-    master.grad.mul_(keep_like)  # in place: a step is short, and memory for another gradient is a part of it
+    master.grad.mul_(keep_like)  # in place: there is no memory for another gradient

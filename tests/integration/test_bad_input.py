@@ -222,7 +222,7 @@ class TestOptions:
             (["--device", "meta"], "got 'meta'"),
             (["--dataset", ""], "dataset.0: "),
             (["--pattern"], "argument --pattern: expected at least one argument"),
-            (["--selector", "./own.py:X", "--trust-remote-code"], "write own:X, and run from the directory of own.py"),
+            (["--selector", "./own.py:X", "--trust-remote-code"], "selector ./own.py:X cannot be loaded"),
             (["--gap", "0"], "gap: Input should be greater than 0, got '0'"),
             (["--gap", "inf"], "gap: "),
             (["--damping", "2"], "damping: Input should be less than or equal to 1"),
@@ -277,7 +277,7 @@ class TestOptions:
             (["--qqq"], "unknown argument --qqq\nsee optima prune --help"),
             (["--seed"], "argument --seed: expected one argument\nsee optima prune --help"),
             (["--selector", "nothere:X"], "selector nothere:X runs code"),
-            (["--selector", "nothere:X", "--trust-remote-code"], "selector nothere:X: nothere cannot be imported"),
+            (["--selector", "nothere:X", "--trust-remote-code"], "selector nothere:X cannot be loaded"),
             (["--targets", "a:smile:b"], "no linear matches targets ['a:smile:b']"),
         ],
     )

@@ -307,5 +307,3 @@ def test_masks_of_an_object_are_taken_as_they_are() -> None:
     assert report.sparsity == pytest.approx(0.3, abs=0.02)
     up = model.model.layers[0].mlp.up_proj
     assert torch.equal(up.weight != 0, torch.rand(up.weight.shape, generator=torch.Generator().manual_seed(1)) > 0.3)
-    with pytest.raises(RecipeError, match=r"masks of type dict have no method keep_OD"):
-        External({})  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from qp_reference import Reference, make_layer, make_matrix, make_rows, referenc
 from torch import Tensor
 
 from optima.core import Auto, Hessian, RowProblem, RowSolution, make_problem, solve_rows
-from optima.core.rounding import Rounded, round_rows
+from optima.core.rounding import round_rows
 
 Layer = tuple[Hessian, RowProblem, Reference]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -78,20 +78,15 @@ def solved(name: str) -> tuple[Hessian, RowProblem, Reference, RowSolution]:
     return hessian, problem, truth, solve_rows(Auto(), hessian, problem)
 
 
-def representable(rounded: Rounded, problem: RowProblem, dtype: torch.dtype) -> bool:
-    assert rounded.weight_RD.dtype == dtype
-    assert rounded.weight_RD.isfinite().all()
-    value_RD = rounded.weight_RD.double()
-    return bool((value_RD[~problem.keep_RD] == 0).all())
-
-
 @every_dtype
 @every_layer
 def test_the_gap_as_written_is_above_the_truth(name: str, dtype: torch.dtype) -> None:
     """And the error is exact; pruned weights stay zero, kept ones are the nearest numbers."""
     hessian, problem, truth, solution = solved(name)
     rounded = round_rows(hessian, problem, solution, dtype)
-    assert representable(rounded, problem, dtype)
+    assert rounded.weight_RD.dtype == dtype
+    assert rounded.weight_RD.isfinite().all()
+    assert not rounded.weight_RD[~problem.keep_RD].any()
     largest = torch.finfo(dtype).max
     assert torch.equal(rounded.weight_RD, solution.weight_RD.clamp(-largest, largest).to(dtype))
     loss_R = truth.loss(rounded.weight_RD.double())
@@ -131,14 +126,6 @@ def test_weights_in_the_dtype_already_stay_as_they_are() -> None:
     assert torch.allclose(rounded.least_R, rounded.error_R - bound_R, rtol=1e-12)
 
 
-def test_float64_weights_become_float32_ones_that_are_as_good() -> None:
-    weight_RD, keep_RD = make_rows(20, 48, seed=2)
-    hessian, problem, truth = layer(make_matrix(48, 96, seed=1), 0.01, weight_RD.double(), keep_RD)
-    rounded = round_rows(hessian, problem, solve_rows(Auto(1e-9), hessian, problem), torch.float32)
-    assert (truth.loss(rounded.weight_RD) <= truth.allowance(rounded.gap_R.numpy())).all()
-    assert float(rounded.gap_R.max()) < 1e-8
-
-
 def test_weights_beyond_the_range_are_written_at_its_end_and_the_gap_says_so() -> None:
     weight_RD, keep_RD = make_rows(10, 16, seed=2)
     hessian, problem, truth = layer(make_matrix(16, 64, seed=1), 0.01, 1e5 * weight_RD, keep_RD)
@@ -159,21 +146,6 @@ def test_what_all_rows_lose_is_told_in_full_where_masks_lose_next_to_nothing() -
     assert rounded.excess > 10.0
 
 
-def test_a_dead_weight_of_any_size_leaves_the_gap_as_it_is() -> None:
-    weight_RD, keep_RD = make_rows(10, 48, seed=2)
-    weight_RD, keep_RD = 1e-21 * weight_RD, keep_RD.clone()
-    matrix_DD = make_matrix(48, 96, seed=1)
-    matrix_DD[5] = matrix_DD[:, 5] = 0.0
-    keep_RD[:, 5] = True
-    hessian = Hessian(matrix_DD, 0.01)
-    gaps = []
-    for dead in (0.0, 1.0):
-        weight_RD[:, 5] = dead
-        problem = make_problem(hessian, weight_RD, keep_RD)
-        gaps.append(round_rows(hessian, problem, solve_rows(Auto(), hessian, problem), torch.bfloat16).gap_R)
-    assert torch.allclose(*gaps, rtol=1e-3)
-
-
 def test_more_rows_than_are_measured_together() -> None:
     """And the same bits every time."""
     hessian, problem, truth = make_layer(4800, 120)
@@ -183,10 +155,3 @@ def test_more_rows_than_are_measured_together() -> None:
     assert torch.equal(one.gap_R, other.gap_R)
     loss_R = truth.loss(one.weight_RD.double())
     np.testing.assert_allclose(one.error_R, loss_R, rtol=1e-9)
-
-
-def test_no_rows_are_no_trouble() -> None:
-    hessian, problem, _, solution = solved("correlated")
-    none = slice(0, 0)
-    empty = solution.rows(none)
-    assert round_rows(hessian, problem.rows(none), empty, torch.bfloat16).weight_RD.shape == (0, 96)

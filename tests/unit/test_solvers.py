@@ -343,10 +343,11 @@ def not_gram(kind: str) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "kind", ["not symmetric", "indefinite", "negative diagonal", "zero on its diagonal", "nan", "-inf"]
+    ("kind", "message"),
+    [(kind, kind) for kind in ("not symmetric", "indefinite", "negative diagonal", "zero on its diagonal")]
+    + [(kind, "hessian contains NaN or Inf") for kind in ("nan", "inf", "-inf")],
 )
-def test_what_is_no_hessian_is_refused(kind: str) -> None:
-    message = kind if kind[-1] not in "nf" or kind == "zero on its diagonal" else "hessian contains NaN or Inf"
+def test_what_is_no_hessian_is_refused(kind: str, message: str) -> None:
     with pytest.raises(NumericalError, match=message):
         solve(not_gram(kind), *make_rows(2, 8, seed=13))
 

@@ -226,7 +226,7 @@ class LogitsError:
     acts: Activations
 
     def gradient_scale(self, cost: float, tokens: int) -> float:
-        """See ``tune.Cost``: the gradient at a token's logits is then near one, or more, as not all are compared."""
+        """What brings the gradient at a token's logits near one, or more, as not all are compared: a power of two."""
         return 2.0 ** round(math.log2(tokens))
 
     def __call__(self, found: Tensor, target: Tensor, microbatch: Microbatch, epoch: int = 0) -> Tensor:

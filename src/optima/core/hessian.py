@@ -147,7 +147,7 @@ class Hessian:
 
     @property
     def rounding(self) -> float:
-        """Bounds the relative error of a float64 sum over the inputs, in a chain of a few operations more."""
+        """Bounds the relative error of a float64 sum over the inputs, and a few operations more."""
         return (self.num_inputs + 4) * 0.5 * torch.finfo(torch.float64).eps
 
     @cached_property
@@ -235,23 +235,23 @@ class Hessian:
 
         Products are those of ``working_dtype``, which is float32 but for ill-conditioned H; sums are float64.
         """
-        operator = self.operator(self.working_dtype)
+        dtype, size = self.working_dtype, max(BLOCK_ENTRIES // max(self.num_inputs, 1), 1)
+        change_OD = self._live(change_OD)
         damped_O = self.diagonal_D.new_empty(len(change_OD))
-        size = max(BLOCK_ENTRIES // max(self.num_inputs, 1), 1)
-        if bool(self.dead_D.any()):
-            change_OD = change_OD.masked_fill(self.dead_D, 0.0)
         for change_RD, damped_R in zip(change_OD.split(size), damped_O.split(size), strict=True):
-            change_RD = change_RD.to(self.working_dtype)
-            damped_R.copy_(multiply(change_RD, operator).mul_(change_RD).sum(dim=1, dtype=torch.float64))
+            change_RD = change_RD.to(dtype)
+            product_RD = multiply(change_RD, self.operator(dtype))
+            damped_R.copy_(product_RD.mul_(change_RD).sum(dim=1, dtype=torch.float64))
         return self.undamped(damped_O * self.mean_diagonal, change_OD)
 
     def undamped(self, damped_O: Tensor, change_OD: Tensor) -> Tensor:
         """``loss`` of changes, (O, D), of which diag(change H change^T) with the damped H is known."""
-        if bool(self.dead_D.any()):
-            change_OD = change_OD.masked_fill(self.dead_D, 0.0)
-        length_O = torch.linalg.vector_norm(change_OD, dim=1, dtype=torch.float64)
+        length_O = torch.linalg.vector_norm(self._live(change_OD), dim=1, dtype=torch.float64)
         loss_O: Tensor = (damped_O - self.damping * self.mean_diagonal * length_O.square()).clamp_min(0.0)
         return loss_O
+
+    def _live(self, rows_RD: Tensor) -> Tensor:
+        return rows_RD.masked_fill(self.dead_D, 0.0) if bool(self.dead_D.any()) else rows_RD
 
     @property
     def condition(self) -> float:

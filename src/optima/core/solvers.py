@@ -310,7 +310,7 @@ def chunk_rows(num_inputs: int, total: int, device: torch.device) -> int:
 
 
 def solve_rows(solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:
-    """Solve every row, chunk by chunk; halve the chunk when the device runs out of memory."""
+    """Solve every row, chunk by chunk; fewer rows at a time when the device runs out of memory."""
     keep_freed_memory()
     with full_precision(), torch.no_grad():
         _ = hessian.factorisation  # every certificate needs it, and fewer rows would not help where it does not fit

@@ -1,4 +1,4 @@
-"""What calibration finds for one group of linears that are given the same input.
+"""What calibration finds for one group of linears with one input.
 
 Shapes: T tokens, D inputs, O outputs, N tokens that weigh more than one.
 """

@@ -26,10 +26,9 @@ class LinearTask:
         name: full name of the linear, for messages and for masks that are looked up by name.
         weight_OD: the dense weight, float32 or float64, on the Hessian's device; the selector must not change it.
         statistics: of the linear's inputs.
-        row_weight_O: what the model's loss feels of each row, positive, of any scale; None if rows count alike. What a
-            selector gets from ``prune_linear`` is scaled by its root already.
-        coupling_OO: how rows go together in the loss, see ``calibration.correlation``; for selectors that need it, and
-            None where it is not known.
+        row_weight_O: Fisher weights of the rows, positive, of any scale; None if rows count alike. What a selector
+            gets from ``prune_linear`` is scaled by their roots already.
+        coupling_OO: row correlation, see ``calibration.correlation``; None where it is not known.
     """
 
     name: str
@@ -61,7 +60,7 @@ class Selection:
 class Selector(Protocol):
     """Chooses which weights survive. Sees one linear and a pattern: never a model or a file.
 
-    Beyond this, a selector may have ``needs``: a frozenset of what calibration must find for it (see ``needs_of``).
+    A selector that uses ``coupling_OO`` says so by an attribute ``needs = {"coupling"}``.
     """
 
     @property
@@ -74,25 +73,6 @@ class Selector(Protocol):
         ...
 
 
-def needs_of(selector: Selector) -> frozenset[str]:
-    """What calibration must find for ``selector`` beyond the statistics.
-
-    ``coupling`` for ``coupling_OO``, which there is by objective loss alone.
-
-    Raises:
-        RecipeError: if it asks for what nothing can give.
-    """
-    asked = getattr(selector, "needs", ())
-    needs = frozenset((asked,) if isinstance(asked, str) else asked)
-    if unknown := needs - NEEDS:
-        known = ", ".join(sorted(NEEDS))
-        raise RecipeError(
-            f"selector {type(selector).__name__} needs {', '.join(sorted(unknown))}: known needs are {known}"
-        )
-    return needs
-
-
-NEEDS = frozenset({"coupling"})
 SELECTORS = {
     "magnitude": "scores:Magnitude",
     "wanda": "scores:Wanda",
@@ -130,32 +110,18 @@ def load_foreign(path: str) -> Selector:
         RecipeError: if the path does not lead to a selector.
     """
     module_name, _, class_name = path.partition(":")
-    if "/" in module_name or module_name.endswith(".py"):
-        name = module_name.rpartition("/")[2].removesuffix(".py")
-        raise RecipeError(f"selector {path}: write {name}:{class_name}, and run from the directory of {name}.py")
-    if not module_name or module_name.startswith("."):  # import_module takes neither
-        raise RecipeError(f"selector {path}: name a whole module before the colon, as package.module:Class does")
-    known = "" in sys.path
-    if not known:
-        sys.path.append("")
+    added = [] if "" in sys.path else [""]
+    sys.path += added
     try:
-        module = importlib.import_module(module_name)
-    except SyntaxError as error:
-        place = f"line {error.lineno} of {error.filename}"
-        raise RecipeError(f"selector {path}: {place} is not Python ({error.msg}): correct it") from error
-    except ImportError as error:
+        selector = getattr(importlib.import_module(module_name), class_name)()
+    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise RecipeError(
-            f"selector {path}: {module_name} cannot be imported ({error}): install it, or run from its directory"
+            f"selector {path} cannot be loaded ({error}): write module:Class, for a class that needs no arguments in a "
+            "module that is installed or in the current directory"
         ) from error
     finally:
-        if not known:
-            sys.path.remove("")
-    if class_name not in vars(module):
-        raise RecipeError(f"selector {path}: {module_name} has no {class_name}: name a class of it")
-    try:
-        selector = vars(module)[class_name]()
-    except TypeError as error:
-        raise RecipeError(f"selector {path} cannot be made without arguments ({error}): give them defaults") from error
+        for each in added:
+            sys.path.remove(each)
     if not isinstance(selector, Selector):
         raise RecipeError(f"selector {path} is no selector: it needs published_scope and select(task, pattern)")
     return selector

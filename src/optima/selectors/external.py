@@ -39,13 +39,6 @@ class External:
     published_scope: Scope = "layer"
     _linears: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        if not callable(getattr(self.masks, "keep_OD", None)):
-            raise RecipeError(
-                f"masks of type {type(self.masks).__name__} have no method keep_OD(linear), which gives the mask of a "
-                "linear: see optima.selectors.external.Masks"
-            )
-
     def check(
         self, linears: Sequence[Any], patterns: Mapping[str, Pattern], ignore: Sequence[str]
     ) -> dict[str, Pattern]:

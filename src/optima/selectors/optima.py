@@ -15,8 +15,8 @@ With the correlation of rows in the loss (``calibration.correlation``), errors o
 chosen together: with C between the rows as H is between the inputs, C (B - W) H + rho (B - W) = rho (D - U - W), in
 units of the rows that are made of C as those of the inputs are of H.
 
-Its scope is ``layer``: with the rows scaled by what the loss feels of them (docs/objective.md) they compete fairly.
-Without, rows whose outputs have little energy would be starved, and ``optima.build`` ranks each row alone.
+Its scope is ``layer``: with the rows scaled by their Fisher weights (docs/objective.md) they compete fairly.
+Without, rows whose outputs have little energy would be starved, and ``optima.plan`` ranks each row alone.
 
 Shapes: O outputs (rows), D inputs, G groups of an N:M pattern in a row.
 """
@@ -42,7 +42,7 @@ from optima.core.shifted import (
     scaled_weight,
 )
 from optima.core.statistics import sampling_step
-from optima.patterns import NM, Pattern, Scope, Unstructured
+from optima.patterns import NM, Pattern, Scope
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import MOST_COMPARED, kth_lowest, top_scores
 
@@ -81,40 +81,39 @@ class Optima:
     published_scope: Scope = "layer"
     needs: ClassVar[frozenset[str]] = frozenset({"coupling"})
 
-    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Units between the two saliencies, in ``dtype``, and the damped H in them, in float64 where that is needed."""
-        # In units of the mean diagonal, as the operator is: nothing depends on the scale of the activations.
-        unit_D = saliency_unit(hessian, self.theta) / hessian.mean_diagonal**0.5
-        matrix_DD = _in_units(hessian, unit_D.to(dtype))
-        if torch.finfo(dtype).eps * largest_eigenvalue(matrix_DD) > ROUNDING * self.first_penalty:
-            matrix_DD = _in_units(hessian, unit_D)
-        return unit_D.to(dtype), matrix_DD
-
-    def _prepare_coupled(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Eigen]:
-        """The same units, and the eigendecomposition of the damped H in them."""
-        unit_D, matrix_DD = self._prepare(hessian, dtype)
-        return unit_D, eigendecomposition(matrix_DD, dtype)
-
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
         hessian, dtype = task.hessian, task.weight_OD.dtype
         if task.coupling_OO is None:
             unit_D, matrix_DD = hessian.memo((self, dtype), lambda: self._prepare(hessian, dtype))
             dense_OD = scaled_weight(task.weight_OD, hessian, unit_D)
-            inverse = factored_inverse(matrix_DD, dense_OD, self.iterations)
-        else:
-            unit_D, eigen = hessian.memo((self, dtype, "eigen"), lambda: self._prepare_coupled(hessian, dtype))
-            dense_OD = scaled_weight(task.weight_OD, hessian, unit_D)
-            unit_O1, matrix_OO = self._rows(task.coupling_OO.to(dense_OD))
-            dense_OD *= unit_O1
-            inverse = coupled_inverse(eigendecomposition(matrix_OO, dtype), eigen)
-        return Selection(self._split(inverse, dense_OD, pattern))
-
-    def _rows(self, coupling_OO: Tensor) -> tuple[Tensor, Tensor]:
-        """Units of the rows, between those of both saliencies as the inputs' are, (O, 1), and the coupling in them."""
-        # Their own saliencies are those of a unit diagonal already.
+            return Selection(self._split(factored_inverse(matrix_DD, dense_OD, self.iterations), dense_OD, pattern))
+        unit_D, inputs = hessian.memo((self, dtype, "eigen"), lambda: self._decompose(hessian, dtype))
+        dense_OD = scaled_weight(task.weight_OD, hessian, unit_D)
+        # Units of the rows, between those of both saliencies as the inputs' are: their own are of a unit diagonal.
+        coupling_OO = task.coupling_OO.to(dense_OD)
         unit_O1 = torch.linalg.inv(coupling_OO).diagonal().pow(-self.theta / 2.0)[:, None]
-        return unit_O1, (coupling_OO / unit_O1).div_(unit_O1.mT)
+        rows = eigendecomposition((coupling_OO / unit_O1).div_(unit_O1.mT), dtype)
+        dense_OD *= unit_O1
+        return Selection(self._split(coupled_inverse(rows, inputs), dense_OD, pattern))
+
+    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Units between the two saliencies, in ``dtype``, and the damped H in them, in float64 where that is needed."""
+        # In units of the mean diagonal, as the operator is: nothing depends on the scale of the activations.
+        unit_D = saliency_unit(hessian, self.theta) / hessian.mean_diagonal**0.5
+
+        def in_units(unit_D: Tensor) -> Tensor:
+            matrix_DD = scaled(hessian.damped_DD, 1.0 / hessian.mean_diagonal, unit_D.dtype)
+            return matrix_DD.div_(unit_D).div_(unit_D[:, None])
+
+        matrix_DD = in_units(unit_D.to(dtype))
+        if torch.finfo(dtype).eps * largest_eigenvalue(matrix_DD) > ROUNDING * self.first_penalty:
+            matrix_DD = in_units(unit_D)
+        return unit_D.to(dtype), matrix_DD
+
+    def _decompose(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Eigen]:
+        unit_D, matrix_DD = self._prepare(hessian, dtype)
+        return unit_D, eigendecomposition(matrix_DD, dtype)
 
     def _split(self, inverse: Shifted, dense_OD: Tensor, pattern: Pattern) -> Tensor:
         projection_OD = dense_OD * top_scores(dense_OD.abs(), pattern)
@@ -137,12 +136,6 @@ class Optima:
         return top_scores(sum_OD.abs(), pattern)
 
 
-def _in_units(hessian: Hessian, unit_D: Tensor) -> Tensor:
-    """The damped H over its mean diagonal, in these units and their dtype."""
-    matrix_DD = scaled(hessian.damped_DD, 1.0 / hessian.mean_diagonal, unit_D.dtype)
-    return matrix_DD.div_(unit_D).div_(unit_D[:, None])
-
-
 def rough_mask(score_OD: Tensor, pattern: Pattern, threshold: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What a pattern keeps, nearly: only the last mask of ADMM has to have exact counts.
 
@@ -159,13 +152,10 @@ def rough_mask(score_OD: Tensor, pattern: Pattern, threshold: Tensor | None) -> 
         return (score_GM > kth_lowest(score_GM, pattern.m - pattern.n)).reshape(score_OD.shape), None
     if isinstance(pattern, NM) or pattern.scope == "group":
         return top_scores(score_OD, pattern), None
-    threshold = rough_threshold(score_OD, pattern) if threshold is None else threshold
+    if threshold is None:
+        # Above it are nearly as many scores, of each row unless the linear is ranked as one, as the pattern keeps.
+        sample_RN = score_OD
+        if pattern.scope != "row":
+            sample_RN = score_OD.flatten()[None, :: sampling_step(score_OD.numel(), SAMPLE)]
+        threshold = kth_lowest(sample_RN, max(pattern.pruned_count(sample_RN.shape[1]), 1))
     return score_OD > threshold, threshold
-
-
-def rough_threshold(score_OD: Tensor, pattern: Unstructured) -> Tensor:
-    """A score, of each row unless the linear is ranked as one, above which are nearly as many as the pattern keeps."""
-    if pattern.scope == "row":
-        return kth_lowest(score_OD, max(pattern.pruned_count(score_OD.shape[1]), 1))
-    sample_1N = score_OD.flatten()[None, :: sampling_step(score_OD.numel(), SAMPLE)]
-    return kth_lowest(sample_1N, max(pattern.pruned_count(sample_1N.shape[1]), 1))

@@ -51,7 +51,7 @@ class SparseGPT:
             block_OB, keep_OB = weight_OD[:, begin:end], keep_OD[:, begin:end]
             if isinstance(pattern, Unstructured):
                 keep_OB.copy_(_block_mask(_saliency(block_OB, upper_BB), pattern, begin, num_inputs))
-            error_OB = _sweep(block_OB, keep_OB, upper_BB, pattern)
+            error_OB = _prune_block(block_OB, keep_OB, upper_BB, pattern)
             weight_OD[:, end:] -= error_OB @ upper_DD[begin:end, end:]
         return Selection(keep_OD, weight_OD)
 
@@ -73,7 +73,7 @@ def _block_mask(score_OB: Tensor, pattern: Unstructured, begin: int, num_inputs:
     return keep_all_but_lowest(score_OB.reshape(1, -1), count).reshape(rows, width)
 
 
-def _sweep(weight_OB: Tensor, keep_OB: Tensor, upper_BB: Tensor, pattern: Pattern) -> Tensor:
+def _prune_block(weight_OB: Tensor, keep_OB: Tensor, upper_BB: Tensor, pattern: Pattern) -> Tensor:
     """Prune a block column by column, in place; returns each column's scaled error for the columns beyond."""
     error_OB = torch.zeros_like(weight_OB)
     for column in range(weight_OB.shape[1]):

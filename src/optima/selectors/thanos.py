@@ -67,7 +67,7 @@ class Thanos:
 
 
 def _residual_mask(score_OD: Tensor, width: int, pattern: Pattern, before_OD: Tensor) -> Tensor:
-    """keep_OB of the first ``width`` of the columns that remain, given their scores and the mask of those before."""
+    """keep_OB of the first ``width`` of the columns that remain, from their scores and the mask of those before."""
     if isinstance(pattern, NM):
         return top_scores(score_OD[:, :width], pattern)
     num_rows, begin = before_OD.shape
