@@ -100,7 +100,7 @@ def test_quick_scripts(script: str, arguments: str, expected: str) -> None:
             "dense_targets.py",
             f"model pruned --calibration text.txt --evaluation text.txt --blocks 1 {FEW} --max-windows 2", "down_proj",
         ),
-        ("scaling.py", "measure --samples 8 --scale 0.25", ", MB |"),
+        ("scaling.py", "measure --samples 2 --scale 0.125", ", MB |"),
         ("stages.py", f"model --calibration text.txt {FEW} --dtype float32", "solve"),
         ("encoder.py", f"encoder --text sentences.jsonl --patterns 0.5 {FEW} --sentences 8", "0.5"),
         (

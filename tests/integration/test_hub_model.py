@@ -18,6 +18,8 @@ from tiny import LINES, make_llama, prune_arguments, save_model, save_text
 
 from optima.reporting.record import load_report
 
+pytestmark = pytest.mark.slow  # each command is a new process
+
 MODEL = "team/model"
 WANDA = ("--selector", "wanda", "--solver", "none", "--objective", "plain")
 
@@ -45,7 +47,6 @@ def optima(hub: StandInHub, tmp_path: Path) -> Run:
     return command_with(hub, tmp_path)
 
 
-@pytest.mark.slow
 def test_a_model_is_pruned_again_and_measured(optima: Run, tmp_path: Path) -> None:
     """What a run leaves in the cache is a part of the repository, and enough for the next."""
     for output in ("first", "second"):
@@ -58,7 +59,6 @@ def test_a_model_is_pruned_again_and_measured(optima: Run, tmp_path: Path) -> No
     assert found.returncode == 0, found.stderr
 
 
-@pytest.mark.slow
 def test_what_is_pruned_behind_another_step_names_its_base(optima: Run, tmp_path: Path) -> None:
     for command, model, output in (("order", MODEL, "ordered"), ("prune", "ordered", "sparse")):
         _, _, *options = prune_arguments("--pattern", "2:4", "--objective", "plain", "--output-dir", output)
@@ -67,7 +67,6 @@ def test_what_is_pruned_behind_another_step_names_its_base(optima: Run, tmp_path
     assert metadata_load(tmp_path / "sparse" / "README.md")["base_model"] == [MODEL]
 
 
-@pytest.mark.slow
 def test_a_node_without_network_has_what_was_fetched(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
     """A cache filled by name lacks the licence: what is not there is not copied."""
     wanted = ["*.json", "*.safetensors"]
@@ -79,7 +78,6 @@ def test_a_node_without_network_has_what_was_fetched(optima: Run, hub: StandInHu
     assert "auxiliary files of team/model are not copied" in found.stderr
 
 
-@pytest.mark.slow
 def test_pickles_are_refused(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
     """transformers would look for a conversion that others proposed."""
     repo = {name: content for name, content in hub.repos[MODEL].items() if "safetensors" not in name}
@@ -107,7 +105,6 @@ def test_the_default_text_is_read_from_the_hub(optima: Run, hub: StandInHub, tmp
     assert run.num_tokens == 64
 
 
-@pytest.mark.slow
 def test_a_proxy_that_refuses_is_one_error(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     arguments = prune_arguments(*WANDA, "--dataset", "team/text")

@@ -44,10 +44,10 @@ def moments(seed: int) -> tuple[dict[str, bytes], list[float]]:
     return weight_files(Path("whole")), [draw.uniform(0, 1.1 * seconds) for _ in range(MOMENTS)]
 
 
-# What a process cannot see coming is the harder; how SIGTERM ends a run is tested below and in test_output.py too.
-SIGNALS = [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+SIGNALS = [signal.SIGKILL, signal.SIGTERM]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_nothing_or_the_whole(root: Path, number: signal.Signals) -> None:
     reference, delays = moments(int(number))

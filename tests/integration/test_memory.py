@@ -55,13 +55,8 @@ SIZES = {
 }
 
 
-QUICK = ("activation-bound",)
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [pytest.param(sizes, id=name, marks=[pytest.mark.slow] * (name not in QUICK)) for name, sizes in SIZES.items()],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_peak_memory_is_below_the_bound(sizes: dict[str, object]) -> None:
     script = SCRIPT.format(**sizes)
     result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)

@@ -14,6 +14,8 @@ from tiny import prune_arguments, save_model, save_text
 
 from optima.cli import main
 
+pytestmark = pytest.mark.slow  # each command is a new process
+
 
 @pytest.fixture
 def hub() -> Iterator[StandInHub]:
@@ -61,7 +63,6 @@ def test_the_repository_holds_the_output_to_the_byte(hub: StandInHub, optima: Ru
     assert hub.repos["team/sparse"].keys() == files.keys() | {"plot.png"}, "weights of an earlier push are gone"
 
 
-@pytest.mark.slow
 def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Run) -> None:
     arguments = prune_arguments("--selector", "magnitude", "--output-dir", "second")
     found = optima(*arguments, "--push-to-hub", "team/second")
@@ -93,7 +94,6 @@ def test_what_cannot_be_pushed_is_refused_before_the_run(
     assert hub.repos["team/dense"]["model.safetensors"] == b"dense"
 
 
-@pytest.mark.slow
 def test_a_card_that_the_hub_refuses(hub: StandInHub, optima: Run, place: Path) -> None:
     shutil.copytree(place / "out", place / "edited")
     (place / "edited" / "README.md").write_text("---\nbase_model: /home/me/model\n---\n")
@@ -102,7 +102,6 @@ def test_a_card_that_the_hub_refuses(hub: StandInHub, optima: Run, place: Path) 
     assert "base_model is no id" in found.stderr
 
 
-@pytest.mark.slow
 def test_what_is_no_output(optima: Run) -> None:
     found = optima("push", "model", "x")
     assert found.returncode == 2
