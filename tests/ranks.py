@@ -27,12 +27,12 @@ def start_ranks(
     port = free_port()
 
     def child(rank: int) -> Callable[[], None]:
-        def told() -> None:
-            told_by = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-            os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in told_by.items()}})
+        def as_torchrun() -> None:
+            values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+            os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in values.items()}})
             prepare(rank)
 
-        return told
+        return as_torchrun
 
     return [
         start(out, *options, prepare=child(rank), messages=f"messages{rank}.txt", model=model) for rank in range(size)
