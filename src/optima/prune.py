@@ -239,7 +239,7 @@ class Job:
             for linear in found.linears if found.owner in (None, acts.ranks.rank) else ():
                 measured[linear.name] = None
                 if found.statistics is not None:
-                    rows = None if self.loss is None else self.loss.compared(linear.name, linear.shape[0])
+                    rows = None if self.loss is None else self.loss.rows.get(linear.name, torch.zeros(linear.shape[0]))
                     task = LinearTask(linear.name, self._dense(linear), found.statistics, row_weight_O=rows)
                     measured[linear.name] = saliency_quantiles(task)
             del found  # or it would be there while the pass goes on

@@ -61,7 +61,7 @@ class Probe:
         batch_first: whether hidden states are (B, L, ...).
         divisible: whether blocks can run on some samples of a batch.
         dense_arguments: whether blocks are called with what earlier blocks computed.
-        shared_states: whether these are keys and values that blocks share.
+        shared_states: whether blocks share keys and values.
         routed: names of the linears that are not called with every token (experts).
     """
 
@@ -177,18 +177,18 @@ class Activations:
             with nullcontext() if watch is None else watch(batch, rows):
                 return _queue_copy(hidden_of(self.run(block, batch, rows)))
 
+        queued: list[tuple[int, list[Tensor], torch.cuda.Event | None]] = []
         with full_precision():
-            queued: tuple[int, list[Tensor], torch.cuda.Event | None] | None = None
             for batch in range(len(self.sizes)):
                 outputs = self.map_microbatches(batch, partial(run, batch))
                 event = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-                self._receive(queued)  # while the device works on this batch
-                queued = batch, outputs, event
-            self._receive(queued)
+                queued.append((batch, outputs, event))
+                self._receive(queued, 0 if event is None else 1)  # the last one before, while the device works on this
+            self._receive(queued, 0)
 
-    def _receive(self, queued: tuple[int, list[Tensor], torch.cuda.Event | None] | None) -> None:
-        if queued is not None:
-            batch, outputs, event = queued
+    def _receive(self, queued: list[tuple[int, list[Tensor], torch.cuda.Event | None]], left: int) -> None:
+        while len(queued) > left:
+            batch, outputs, event = queued.pop(0)
             if event is not None:
                 event.synchronize()
             copies = len(outputs) > 1 or event is not None  # pinned memory is used again
@@ -287,10 +287,10 @@ def capture(
 
     Args:
         model: the whole model, in evaluation mode.
-        stack: one of its stacks, with the linears to prune; blocks behind the last of them are left out.
-        batches: token ids, (B, L) int64 each, or a processor's outputs.
-        whole: no block is left out.
-        ranks: the processes that each have batches of their own, of sequences that are equally long.
+        stack: one of its stacks; blocks after the last linear to prune are left out, unless it is ``whole``.
+        batches: token ids, (B, L) int64 each, or a processor's outputs, of this rank.
+        whole: see there.
+        ranks: the processes that share the sequences.
         store: keeps the hidden states; None: in main memory.
         batch_size: of the device where blocks will run; None: the CPU.
 

@@ -126,8 +126,3 @@ class FisherWeights:
         weight_T = torch.ones(size)
         weight_T[tokens_T.long()] = own_T
         return weight_T
-
-    def compared(self, name: str, outputs: int) -> Tensor:
-        """Row weights where linears compete: zeros for one whose rows do not matter, or that no token reached."""
-        row_O = self.rows.get(name)
-        return torch.zeros(outputs) if row_O is None else row_O
