@@ -20,7 +20,6 @@ from optima.core.shifted import (
     eigen_inverse,
     eigendecomposition,
     factored_inverse,
-    largest_eigenvalue,
 )
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.optima import Optima
@@ -98,16 +97,6 @@ def test_a_factorisation_solves_as_an_eigendecomposition_does(outputs: int, dtyp
             assert torch.allclose(found_OD.double(), exact_OD, atol=1e-4)
 
 
-def test_the_largest_eigenvalue_is_little_below_what_it_is() -> None:
-    for seed in range(5):
-        torch.manual_seed(seed)
-        root_DD = torch.randn(50, 50) * torch.linspace(0.1, 3.0, 50)
-        matrix_DD = root_DD.mT @ root_DD
-        exact = float(torch.linalg.eigvalsh(matrix_DD)[-1])
-        assert 0.8 * exact < largest_eigenvalue(matrix_DD) <= exact * (1 + 1e-5)
-    assert largest_eigenvalue(torch.zeros(0, 0)) == 0.0
-
-
 def test_the_inverse_solves_its_equation() -> None:
     torch.manual_seed(0)
     rows_OO, inputs_DD = (a @ a.mT + torch.eye(len(a)) for a in (torch.randn(6, 6), torch.randn(9, 9)))
@@ -163,15 +152,6 @@ def test_a_run_uses_them() -> None:
     assert "down_proj" in changed
     first = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(coupled_model.state_dict()[first] == 0, plain.state_dict()[first] == 0)
-
-
-def test_reliability_is_that_of_spearman_and_brown() -> None:
-    first_OO, second_OO = torch.eye(3), torch.eye(3)
-    first_OO[0, 1] = first_OO[1, 0] = second_OO[0, 1] = second_OO[1, 0] = second_OO[0, 2] = second_OO[2, 0] = 0.5
-    agreement = 0.5**0.5
-    reliable = SHRINKAGE * 2 * agreement / (1 + agreement)
-    found_OO = correlated_rows(torch.stack([first_OO, second_OO]))
-    assert found_OO[0].tolist() == pytest.approx([1.0, 0.5 * reliable, 0.25 * reliable])
 
 
 def test_halves_do_not_depend_on_batches_or_their_parts() -> None:

@@ -41,7 +41,7 @@ def divergence(model: PreTrainedModel, pruned: PreTrainedModel) -> torch.Tensor:
     return (dense.exp() * (dense - found)).sum(dim=-1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "roberta", "mixtral", "xlnet"])
+@pytest.mark.parametrize("family", ["gemma3", "roberta", "mixtral", "xlnet"])
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_it_is_the_divergence_of_the_logits(family: str, epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_head, "POSITIONS", LENGTH // 4)

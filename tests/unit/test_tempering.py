@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from optima.calibration import fisher
 from optima.calibration.activations import Activations, capture
 from optima.calibration.fisher import fisher_weights, start_alike
-from optima.calibration.weights import EFFECTIVE, FisherWeights, Moments, row_weights
+from optima.calibration.weights import EFFECTIVE, Moments, row_weights
 from optima.models.blocks import find_stacks
 
 
@@ -70,12 +70,6 @@ def test_a_start_that_all_sequences_share_is_not_counted_and_keeps_its_weight() 
     assert float(weight_T[~start_T].mean()) == pytest.approx(1.0, rel=1e-4)
     assert effective(root_T[~start_T]) < EFFECTIVE * inputs == pytest.approx(effective(weight_T[~start_T]), rel=1e-3)
     assert moments.effective == pytest.approx(EFFECTIVE * inputs, rel=1e-3)
-
-
-def test_tokens_at_an_expert() -> None:
-    at_T, weight_T = torch.tensor([0, 3, 8]), torch.tensor([5.0, 0.5, 1.5])
-    found = FisherWeights("a loss", routed={"an expert": [(at_T, weight_T)]})
-    assert found.of_routed("an expert", 0, 10).tolist() == [5, 1, 1, 0.5, 1, 1, 1, 1, 1.5, 1]  # type: ignore[union-attr]
 
 
 def starts_alike(model: PreTrainedModel, acts: Activations) -> bool:
