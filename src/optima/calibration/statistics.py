@@ -242,15 +242,15 @@ class _Hessians:
         before += self._rows.start * sizes[self._batch][1]
         return sampled(rows, before, sampling_step(self.acts.tokens, wanted))
 
-    def _block_weights(self) -> Tensor | None:
-        """Weights of all tokens of the batch, (T,), for its experts; None: all alike."""
+    def _block_weights(self) -> Tensor:
+        """Weights of all tokens of the batch, (T,), for its experts."""
         samples, length = self.acts.sizes[self._batch]
-        if self.fisher is not None:
-            own = self.fisher.tokens.get(self.block.name)
-            return None if own is None else own[self._batch]
+        if self.fisher is not None and self.block.name in self.fisher.tokens:
+            return self.fisher.tokens[self.block.name][self._batch]
         weight_T = torch.ones(samples * length)
-        weight_T[::length] = max(1.0, self.sink_weight * length)
-        return weight_T if self.sink_weight else None
+        if self.fisher is None:
+            weight_T[::length] = max(1.0, self.sink_weight * length)
+        return weight_T
 
     def _add_routed(self, name: str, inputs_TD: Tensor, tokens_T: Tensor) -> None:
         """Inputs of an expert, and which tokens of the pass they are of."""
@@ -274,16 +274,13 @@ class _Hessians:
             if not new:
                 return
             hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            hidden_TD, weight_T = hidden.flatten(0, -2), self._block_weights()
-            tokens = (self._rows.stop - self._rows.start) * self.acts.sizes[self._batch][1]
+            hidden_TD, (samples, length) = hidden.flatten(0, -2), self.acts.sizes[self._batch]
+            tokens = (self._rows.stop - self._rows.start) * length
             if len(hidden_TD) % tokens:
-                weight_T = None
                 self.unweighted.add(experts.name)
-            if weight_T is None:
                 weight_T = torch.ones(len(hidden_TD))
             else:
-                weight_T = rows_of(weight_T, self._rows, self.acts.sizes[self._batch][0])
-                weight_T = weight_T.repeat(len(hidden_TD) // tokens)
+                weight_T = rows_of(self._block_weights(), self._rows, samples).repeat(len(hidden_TD) // tokens)
             weight_T = moved(weight_T, hidden_TD.device)
             if not experts.routed:  # zeros are routed elsewhere
                 used_T = hidden_TD.ne(0).any(dim=1)
