@@ -55,7 +55,7 @@ from optima.evaluation.tasks import load_tasks
 from optima.models.fingerprint import hash_tensors
 from optima.models.load import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
-from optima.plan import default_scope, make_methods, pattern_table
+from optima.plan import default_scope, make_methods
 from optima.recipe import FISHER_FRACTION, SINK_WEIGHT, load_recipe
 from optima.reporting.record import library_versions
 from optima.selectors.base import SELECTORS
@@ -121,7 +121,7 @@ class Bench:
         recipe = self.recipe(method, pattern)
         methods = make_methods(recipe)
         recipe = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))
-        applied = pattern_table(recipe, methods.selector).default
+        applied = recipe.table(recipe.scope or "row").default
         names = ["selector", "pattern", "allocation", "solver", "damping", "seed"]
         names += ["gap"] if recipe.solver != "none" else []
         names += ["objective"] if recipe.objective == "loss" else []

@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optima import Recipe, prune
 from optima.calibration.statistics import EXPERT_BYTES
-from optima.prune import Job
+from optima.state import RunState
 
 LENGTH = 128
 STAGES = {
@@ -148,19 +148,19 @@ def child(
     tokens = torch.randint(0, sizes["vocabulary"], (samples, LENGTH), generator=torch.Generator().manual_seed(0))
     recipe = Recipe(sparsity=0.5, batch_size=4, allocation="uniform", tuning_epochs=0)
     moved: Counter[str] = Counter()
-    jobs: list[Job] = []
-    made = Job.__post_init__
+    runs: list[RunState] = []
+    made = RunState.__post_init__
 
-    def noted(job: Job) -> None:
-        jobs.append(job)
-        made(job)
+    def noted(run: RunState) -> None:
+        runs.append(run)
+        made(run)
 
     clock = patch("optima.device.time", SimpleNamespace(perf_counter=time.process_time))
-    with clock, patch.object(Job, "__post_init__", noted), counted(moved):
+    with clock, patch.object(RunState, "__post_init__", noted), counted(moved):
         prune(make_model(sizes, blocks=1), recipe, calibration=tokens[:8])  # compiles products, fills caches
         moved.clear()
         prune(make_model(sizes, sizes["blocks"]), recipe, calibration=tokens)
-    torch.save((jobs[-1].stages(), dict(moved)), Path(directory, f"{rank}.pt"))
+    torch.save((runs[-1].stages(), dict(moved)), Path(directory, f"{rank}.pt"))
 
 
 # Elsewhere: what the account says of clusters.

@@ -259,7 +259,7 @@ def once(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def unswitched() -> Iterator[None]:
+def default_torch_settings() -> Iterator[None]:
     """No autocast, compiler or defaults of the caller's inside: they change what is computed, in what, and where."""
     with _by_default(), ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # a compiled module would compile hooks and recorders too

@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -61,6 +61,14 @@ class Ranks:
         """Which of ``count`` items are this rank's: contiguous; sizes differ by one at most."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
+    def check_sequences(self, count: int) -> None:
+        """Raise ``RecipeError`` unless each process has one of ``count`` calibration sequences."""
+        if count < self.size:
+            raise RecipeError(
+                f"{self.size} processes share {count} calibration sequences: start {count} at most, or raise "
+                "--num-calibration-samples"
+            )
+
     def here(self) -> int:
         """The number of ranks on this machine."""
         hosts = self.gather(socket.gethostname())
@@ -103,6 +111,10 @@ class Ranks:
             OptimaError: that another process raised.
         """
         return [value] if self.size == 1 else self._exchange(None, value)
+
+    def gather_dict(self, own: Mapping[str, T]) -> dict[str, T]:
+        """The entries of every rank's dict, on every rank."""
+        return {name: value for each in self.gather(dict(own)) for name, value in each.items()}
 
     def _exchange(self, error: OptimaError | None, value: T) -> list[T]:
         own = None if error is None else (type(error), str(error))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,30 +19,30 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from optima.calibration.correlation import coupling_bytes
-from optima.calibration.statistics import EXPERT_BYTES
 from optima.core import make_solver
 from optima.core.shifted import MOST_EIGENVALUES
 from optima.core.solvers import BUDGET_BYTES
 from optima.data.batches import Calibration, read_calibration
 from optima.data.generate import can_continue
 from optima.device import card_memory, is_there, named_device
+from optima.distributed import Ranks
 from optima.errors import ModelError, RecipeError
 from optima.linear import Methods
 from optima.main_memory import total_memory
 from optima.models.blocks import Block, Linear, Stack, count_parameters, dense_notes, find_stacks, select_linears
 from optima.models.inspect import check_forward, check_length
-from optima.models.load import Source, dtype_as_read, orders_of, skeleton
+from optima.models.load import Source, dtype_as_read, find_source, orders_of, pinned, skeleton
 from optima.models.masks import MaskFiles
+from optima.models.offload import Resident, Weights, open_weights
 from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
 from optima.names import kind
-from optima.patterns import NM, SCOPES, Pattern, PatternTable, Scope
-from optima.recipe import Recipe
+from optima.patterns import NM, Pattern, Scope, Unstructured
+from optima.recipe import BYTES_PER_TUNED, EXPERT_BYTES, Recipe
 from optima.reporting.summary import runtime_note
 from optima.selectors.alps import ALPS
 from optima.selectors.base import Selector, load_foreign, make_selector
 from optima.selectors.external import External
 from optima.selectors.optima import Optima
-from optima.tune import BYTES_PER_TUNED, Tuning
 
 BATCH_SIZE, CPU_TOKENS = 8, 2048  # of a forward pass; larger activations leave the caches of a CPU
 # Shares of the main and the device memory that the whole model may take while it generates.
@@ -64,6 +65,7 @@ class Plan:
         methods: selector and solver.
         stacks: with the linears to prune.
         patterns: the pattern of each of these linears, by its full name.
+        fallback: patterns of a stack without gradients, where they differ.
         dtype: of the weights as read: a skeleton is in float32.
         device: where blocks are pruned.
         calibration: of the caller: token ids (N, L), batches, or documents; None: the recipe's dataset is read.
@@ -77,6 +79,7 @@ class Plan:
     methods: Methods
     stacks: tuple[Stack, ...]
     patterns: dict[str, Pattern]
+    fallback: dict[str, Pattern]
     dtype: torch.dtype
     device: torch.device
     calibration: Any
@@ -94,10 +97,55 @@ class Plan:
         return [linear for block in self.blocks for linear in block.linears]
 
     @property
-    def sparsity(self) -> float:
-        """Share of the weights of all linears to prune that the patterns ask to prune."""
-        sizes = {linear.name: math.prod(linear.shape) for linear in self.linears}
-        return sum(self.patterns[name].sparsity * size for name, size in sizes.items()) / sum(sizes.values())
+    def name(self) -> str:
+        """Of the model."""
+        return type(self.model).__name__ if self.source is None else self.source.name
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a forward pass."""
+        assert self.recipe.batch_size is not None, "a plan is resolved"
+        return self.recipe.batch_size
+
+    @property
+    def inputs(self) -> list[str | Path]:
+        """Directories and files that the run reads."""
+        named = [self.source and self.source.local, self.recipe.mask_from, *self.recipe.dataset]
+        return [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the output."""
+        return count_parameters(self.model) * self.dtype.itemsize
+
+
+def plan_run(
+    model: object,
+    recipe: object,
+    output_dir: object,
+    calibration: object,
+    ranks: Ranks,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Make every check that needs neither weights nor text; arguments as of ``optima.prune``."""
+    recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or use load_recipe")
+    place = ranks.on(device)
+    if isinstance(model, PreTrainedModel):
+        check_in_memory(model)
+        plan = resolve(model, recipe, place, None, calibration, trust_remote_code)
+    elif isinstance(model, str | Path):
+        source = find_source(str(model), trust_remote_code)
+        structure = skeleton(source)
+        if output_dir is None:
+            raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
+        plan = resolve(structure, recipe, place, pinned(source), calibration, trust_remote_code)
+    else:
+        raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
+    ranks.check_sequences(plan.recipe.samples())
+    return plan
 
 
 def make_plan(source: Source, recipe: Recipe, device: str = "auto") -> Plan:
@@ -132,32 +180,38 @@ def resolve(
     """
     check_forward(model)
     methods = make_methods(recipe, trust_remote_code)
-    named = recipe.scope is not None
-    recipe = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))
+    scope_named = recipe.scope is not None
+    recipe = asked = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))
     _check_order(source, model, recipe)
     stacks = chosen_stacks(model, recipe)
     linears = [linear for stack in stacks for block in stack.blocks for linear in block.linears]
-    patterns = _patterns(model, stacks, linears, recipe, methods)
+    patterns, fallback = _patterns(model, stacks, linears, recipe, methods), dict[str, Pattern]()
+    if recipe.objective == "loss" and recipe.scope is not None and not scope_named:
+        scope = default_scope("sink", methods.selector)
+        fallback = {name: replace(p, scope=scope) for name, p in patterns.items() if isinstance(p, Unstructured)}
     _check_changeable(model, linears, recipe)
     inputs = len(stacks) * max(linear.shape[1] for linear in linears)
-    asked = recipe
-    found: Any = read_calibration(
+    data: Any = read_calibration(
         model, calibration, lambda length: asked.replace(max_seq_length=length).samples(inputs)
     )
     dtype = model.dtype if source is None else dtype_as_read(model.config, recipe.dtype)
-    recipe, note = _self_generated(model, recipe, dtype, device, found is not None)
-    if isinstance(found, Calibration):
-        sizes = {"num_calibration_samples": found.size[0], "batch_size": found.largest}
-        recipe = recipe.replace(**sizes, max_seq_length=found.longest or recipe.max_seq_length)
+    reason = _why_not_generated(model, recipe, dtype, device, data is not None) if recipe.self_generated else ""
+    if reason:
+        recipe, reason = recipe.replace(self_generated=0.0), f"no calibration data is self-generated: {reason}"
+    if isinstance(data, Calibration):
+        sizes = {"num_calibration_samples": data.size[0], "batch_size": data.largest}
+        recipe = recipe.replace(**sizes, max_seq_length=data.longest or recipe.max_seq_length)
     else:
-        if isinstance(found, Tensor):
-            recipe = recipe.replace(num_calibration_samples=len(found), max_seq_length=found.shape[1])
+        if isinstance(data, Tensor):
+            recipe = recipe.replace(num_calibration_samples=len(data), max_seq_length=data.shape[1])
         check_length(model, recipe.max_seq_length)
         fits = max(CPU_TOKENS // recipe.max_seq_length, 1) if device.type == "cpu" else BATCH_SIZE
         recipe = recipe.replace(batch_size=recipe.batch_size or fits)
         recipe = recipe.replace(num_calibration_samples=recipe.samples(inputs))
-    notes = (*dense_notes(model, stacks), *_unmatched(recipe, stacks), *filter(None, [note]))
-    return Plan(model, source, recipe, methods, tuple(stacks), patterns, dtype, device, found, named, notes)
+    notes = tuple(filter(None, [*dense_notes(model, stacks), *_unmatched(recipe, stacks), reason]))
+    return Plan(
+        *(model, source, recipe, methods, tuple(stacks), patterns, fallback, dtype, device, data, scope_named, notes)
+    )
 
 
 def make_methods(recipe: Recipe, trust_remote_code: bool = False) -> Methods:
@@ -181,30 +235,12 @@ def make_methods(recipe: Recipe, trust_remote_code: bool = False) -> Methods:
     return Methods(selector, make_solver(recipe.solver, recipe.gap), needs=needs)
 
 
-def make_tuning(recipe: Recipe) -> Tuning | None:
-    """How blocks are tuned; None if they are not."""
-    epochs = recipe.tuning_epochs
-    return Tuning(epochs, recipe.learning_rate, recipe.tuning_fraction, recipe.seed) if epochs else None
-
-
 def default_scope(objective: str, selector: Selector) -> Scope:
     """The published scope; but rows compete where Fisher weights compare them, and those of ours only there."""
     published = selector.published_scope
     if objective == "loss":
         return "layer" if published == "row" else published
     return "row" if isinstance(selector, Optima) else published
-
-
-def pattern_table(recipe: Recipe, selector: Selector) -> PatternTable:
-    """The patterns; unstructured ones take the default scope unless the recipe names one."""
-    return recipe.table(recipe.scope or default_scope(recipe.resolved_objective, selector))
-
-
-def sparsity_of(recipe: Recipe) -> float:
-    """The one sparsity that an allocation distributes."""
-    default = recipe.table(SCOPES[0]).default
-    assert default is not None, "a recipe checks it"
-    return default.sparsity
 
 
 def chosen_stacks(model: nn.Module, recipe: Recipe) -> list[Stack]:
@@ -222,7 +258,7 @@ def _patterns(
 ) -> dict[str, Pattern]:
     selector, patterns = methods.selector, dict[str, Pattern]()
     if not recipe.any_pattern:
-        table = pattern_table(recipe, selector)
+        table = recipe.table(recipe.scope or "row")
         patterns |= table.assign({linear.name: linear.shape[1] for linear in linears})
     if isinstance(selector, External):
         if isinstance(masks := selector.masks, MaskFiles):
@@ -285,53 +321,55 @@ def _unmatched(recipe: Recipe, stacks: Sequence[Stack]) -> list[str]:
     return [f"ignore {each!r} matches no linear" for each in asked if not any(re.search(each, name) for name in names)]
 
 
-def _self_generated(
-    model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, device: torch.device, given: bool
-) -> tuple[Recipe, str]:
-    """``recipe``, and a note if the model cannot generate calibration data.
+def _why_not_generated(
+    model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, device: torch.device, has_data: bool
+) -> str:
+    """Why the model does not generate calibration data; empty if it does.
 
-    It depends on the memory that there is, not on what is free: a resumed run must do as it did.
+    It depends on the total memory, not on what is free: a resumed run must do the same.
     """
-    if not recipe.self_generated:
-        return recipe, ""
     size = count_parameters(model) * dtype.itemsize
-    if given:
-        reason = "the caller passed the calibration data"
-    elif not can_continue(model):
-        reason = f"{type(model).__name__} does not generate text"
-    elif size > MAIN_SHARE * total_memory():
-        reason = f"its weights take {size / GIB:.1f} GiB, more than {MAIN_SHARE:.0%} of the main memory"
-    elif device.type == "cuda" and is_there(device) and size > DEVICE_SHARE * card_memory(device):
-        reason = f"its weights take {size / GIB:.1f} GiB, more than {DEVICE_SHARE:.0%} of the device memory"
-    else:
-        return recipe, ""
-    return recipe.replace(self_generated=0.0), f"no calibration data is self-generated: {reason}"
+    if has_data:
+        return "the caller passed the calibration data"
+    if not can_continue(model):
+        return f"{type(model).__name__} does not generate text"
+    if size > MAIN_SHARE * total_memory():
+        return f"its weights take {size / GIB:.1f} GiB, more than {MAIN_SHARE:.0%} of the main memory"
+    if device.type == "cuda" and is_there(device) and size > DEVICE_SHARE * card_memory(device):
+        return f"its weights take {size / GIB:.1f} GiB, more than {DEVICE_SHARE:.0%} of the device memory"
+    return ""
+
+
+def load_weights(plan: Plan, whole: str | None = None) -> tuple[PreTrainedModel, Weights]:
+    """The model and its weights; ``whole``: why these must be in main memory, if they must."""
+    if plan.source is None:
+        return plan.model, Resident(plan.model)
+    if plan.recipe.self_generated:
+        whole = whole or "it generates calibration data"
+    return open_weights(plan.source, plan.model, plan.recipe.dtype, whole)
 
 
 def peak_bytes(plan: Plan, streamed: bool) -> tuple[int, int]:
     """An upper bound of the memory for weights and work, and the size of stored activations, which may be in files."""
-    recipe, blocks = plan.recipe, plan.blocks
-    assert recipe.batch_size is not None
-    assert recipe.num_calibration_samples is not None
+    recipe, blocks, itemsize = plan.recipe, plan.blocks, plan.dtype.itemsize
     largest = max(count_parameters(block.module) for block in blocks)
     inside = sum(count_parameters(block.module) for block in blocks)
     whole = count_parameters(plan.model)
-    weights = (2 * largest + whole - inside if streamed else whole) * plan.dtype.itemsize
-    tokens = recipe.batch_size * recipe.max_seq_length
+    weights = (2 * largest + whole - inside if streamed else whole) * itemsize
+    tokens = plan.batch_size * recipe.max_seq_length
     copies = GRADIENTS if recipe.objective == "loss" or recipe.tuning_epochs else 2
     work = 0
     for block in blocks:
         shapes = [linear.shape for linear in block.linears]
         plain = sum(8 * linear.shape[1] ** 2 for linear in block.linears if linear.expert is None)
         experts = sum(8 * linear.shape[1] ** 2 for linear in block.linears if linear.expert is not None)
-        hessians = plain + min(experts, EXPERT_BYTES)
         linear = max((BYTES_PER_ENTRY * d * d + BYTES_PER_WEIGHT * o * d for o, d in shapes), default=0)
-        passed = copies * tokens * sum(sum(shape) for shape in shapes) * plan.dtype.itemsize
+        passed = copies * tokens * sum(sum(shape) for shape in shapes) * itemsize
         tuned = BYTES_PER_TUNED * sum(o * d for o, d in shapes) if recipe.tuning_epochs else 0
-        work = max(work, hessians + max(linear + BUDGET_BYTES, passed + tuned))
+        work = max(work, plain + min(experts, EXPERT_BYTES) + max(linear + BUDGET_BYTES, passed + tuned))
     hidden = getattr(plan.model.config.get_text_config(), "hidden_size", None) or 0
-    inputs = recipe.num_calibration_samples * recipe.max_seq_length * hidden * plan.dtype.itemsize
-    kept = 1 + (1 if recipe.tuning_epochs or recipe.allocation == "loss" else 0)
+    inputs = recipe.samples() * recipe.max_seq_length * hidden * itemsize
+    kept = 2 if recipe.tuning_epochs or recipe.allocation == "loss" else 1
     gradients = len(blocks) / 4 if recipe.objective == "loss" else 0  # inputs of all blocks, of a quarter of the text
     stored = int(inputs * max(kept, 1 + gradients)) + coupling_bytes(blocks, plan.methods.needs)
     return LIBRARIES_BYTES + weights + work, stored
@@ -349,37 +387,34 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
             table.add_row(span, linear if count == 1 else f"{linear} ({count})", *shown)
         table.add_section()
     console.print(table)
-    pruned, whole = sum(math.prod(linear.shape) for linear in plan.linears), count_parameters(plan.model)
+    sizes = {linear.name: math.prod(linear.shape) for linear in plan.linears}
+    pruned, whole = sum(sizes.values()), count_parameters(plan.model)
+    sparsity = sum(plan.patterns[linear].sparsity * size for linear, size in sizes.items()) / pruned
     recipe, source = plan.recipe, plan.source
-    held = source is not None and bool(source.gguf_file or recipe.self_generated)
-    memory, stored = peak_bytes(plan, not held)
-    lines = {
-        "weights in these linears": f"{pruned:,} of {whole:,} parameters ({pruned / whole:.0%})",
-        "sparsity of these linears": f"{plan.sparsity:.2%}",
-        "calibration": f"{recipe.num_calibration_samples} x {recipe.max_seq_length} tokens, batch size "
-        f"{recipe.batch_size}",
-        "method": f"selector {recipe.selector}, objective {recipe.objective}, allocation {recipe.allocation}, solver "
-        f"{recipe.solver}, {recipe.tuning_epochs} epochs of tuning",
-        "memory": f"at most about {memory / GIB:.2f} GiB for weights and work",
-        "activations": f"up to {stored / GIB:.2f} GiB, in files where main memory is short",
-        "disk": f"{whole * plan.dtype.itemsize / GIB:.2f} GiB for the result",
-    }
-    for key, value in lines.items():
-        console.print(f"{key}: {value}", highlight=False, markup=False)
-    for note in _plan_notes(plan, held):
-        console.print(f"note: {note}", highlight=False, markup=False)
-
-
-def _plan_notes(plan: Plan, held: bool) -> list[str]:
-    notes = [*plan.notes]
+    resident = "it generates calibration data" if recipe.self_generated else ""
+    if source is not None and source.gguf_file:
+        resident = "it is a GGUF file"
+    memory, stored = peak_bytes(plan, streamed=not resident)
+    lines = [
+        f"weights in these linears: {pruned:,} of {whole:,} parameters ({pruned / whole:.0%})",
+        f"sparsity of these linears: {sparsity:.2%}",
+        f"calibration: {recipe.samples()} x {recipe.max_seq_length} tokens, batch size {recipe.batch_size}",
+        f"method: selector {recipe.selector}, objective {recipe.objective}, allocation {recipe.allocation}, "
+        f"solver {recipe.solver}, {recipe.tuning_epochs} epochs of tuning",
+        f"memory: at most about {memory / GIB:.2f} GiB for weights and work",
+        f"activations: up to {stored / GIB:.2f} GiB, in files where main memory is short",
+        f"disk: {whole * plan.dtype.itemsize / GIB:.2f} GiB for the result",
+        *(f"note: {note}" for note in plan.notes),
+    ]
     if any(isinstance(each, NM) for each in plan.patterns.values()) and known_orders(plan.source, plan.model) is None:
-        notes.append("N:M patterns lose less after `optima order`, which writes the same model with permuted channels")
-    if plan.recipe.allocation == "loss":
-        notes.append("allocation loss finds each linear's sparsity during calibration: the table shows the mean")
-    if held:
-        notes.append("the whole model is held in main memory: it generates calibration data, or is a GGUF file")
-    notes.append(runtime_note(str(each) for each in plan.patterns.values()).replace("**", "").replace("`", ""))
-    return notes
+        lines.append("note: N:M patterns lose less after `optima order`, which permutes the channels of the model")
+    if recipe.allocation == "loss":
+        lines.append("note: allocation loss finds each linear's sparsity during calibration: the table shows the mean")
+    if resident:
+        lines.append(f"note: the whole model is held in main memory: {resident}")
+    runtime = runtime_note(str(each) for each in plan.patterns.values()).replace("**", "").replace("`", "")
+    for line in [*lines, f"note: {runtime}"]:
+        console.print(line, highlight=False, markup=False)
 
 
 def _rows(plan: Plan, block: Block) -> dict[tuple[str, str, str], int]:

@@ -26,6 +26,8 @@ SINK_WEIGHT = 0.04  # of a sequence's first token with objective sink; 0.2 is as
 FISHER_FRACTION = 0.25  # of the sequences, for the gradient and the sensitivity pass
 EXPERT_TOKENS = 256  # experts that fewer tokens reached are noted in the report
 LEAST_SAMPLES = 128  # of calibration, as in the papers
+EXPERT_BYTES = 4 * 2**30  # Hessians of experts that are accumulated in one pass, in float64
+BYTES_PER_TUNED = 28  # of a weight that is tuned: master, gradient, two moments, a copy
 TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its Hessian is that of the sample
 
 GROUPS = {
@@ -210,8 +212,15 @@ class Recipe(BaseModel):
         """The recipe with some fields changed, checked anew."""
         return Recipe(**dict(self) | changes)
 
-    def samples(self, inputs: int) -> int:
-        """Calibration sequences, for a model whose widest linear has so many ``inputs``."""
+    @property
+    def one_sparsity(self) -> float:
+        """The sparsity that an allocation distributes."""
+        default = self.table(SCOPES[0]).default
+        assert default is not None, "allocation needs one sparsity"
+        return default.sparsity
+
+    def samples(self, inputs: int = 0) -> int:
+        """Calibration sequences: those that are asked for, or enough for a widest linear of so many ``inputs``."""
         enough = -(-TOKENS_PER_INPUT * inputs // self.max_seq_length)
         return self.num_calibration_samples or max(LEAST_SAMPLES, enough)
 

@@ -44,7 +44,6 @@ LOGITS_RATE = 1.0 / 6.0  # of the learning rate, where the cost is KL of the log
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
 SMALLEST_ENERGY = 1e-12
 SEEDS = 2**20  # blocks of a run have generators of their own
-BYTES_PER_TUNED = 28  # of a weight that is tuned: master, gradient, two moments, a copy
 ONE_PIECE = (
     "blocks are not tuned: tuning needs at least two sequences, or two batches where a batch cannot be split; give "
     "more calibration sequences"

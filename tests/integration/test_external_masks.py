@@ -25,7 +25,7 @@ from optima.extras.mask_preserving import hold_zeros
 from optima.models.blocks import Linear
 from optima.models.load import find_source, skeleton
 from optima.models.masks import MaskFiles
-from optima.run import make_run_plan
+from optima.plan import plan_run
 from optima.selectors.external import External
 
 UP = "model.layers.0.mlp.up_proj"
@@ -253,7 +253,7 @@ def test_masks_of_a_model_with_its_channels_in_another_order(
 ) -> None:
     """Wherever the model is: a directory is not all that can be pruned."""
     monkeypatch.setattr("optima.models.load.hf_hub_download", lambda path, name, **_: str(on_hub(root / path, name)))
-    monkeypatch.setattr("optima.run.skeleton", lambda source: skeleton(find_source(str(root / "model"))))
+    monkeypatch.setattr("optima.plan.skeleton", lambda source: skeleton(find_source(str(root / "model"))))
     (root / "owner/plain").mkdir(parents=True)
     for name in ("owner/ordered", "masks"):
         (root / name).mkdir(parents=True)
@@ -266,7 +266,7 @@ def test_masks_of_a_model_with_its_channels_in_another_order(
         model.config.name_or_path = str(root / "owner" / name)
         given: Any = model if where == "memory" else f"owner/{name}"
         with nullcontext() if fits else pytest.raises(RecipeError, match="have their channels in different orders"):
-            make_run_plan(given, recipe, "out", make_tokens(), ALONE)
+            plan_run(given, recipe, "out", make_tokens(), ALONE)
 
 
 def on_hub(directory: Path, name: str) -> Path:

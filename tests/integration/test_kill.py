@@ -89,7 +89,7 @@ def test_an_earlier_output_is_there_until_the_new_one_is(root: Path, number: sig
 
 
 def test_a_term_before_the_first_block_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_in(monkeypatch, "optima.run.open_weights")
+    stop_in(monkeypatch, "optima.plan.open_weights")
     before = set(os.listdir(root))
     assert finish(start("a/out")) == 128 + signal.SIGTERM
     assert set(os.listdir(root)) == before

@@ -14,7 +14,8 @@ torch.set_num_threads(1)
 from transformers import LlamaConfig, LlamaForCausalLM
 from optima.calibration.activations import capture
 from optima.device import PeakMemory
-from optima.prune import Job
+from optima.prune import prune_stack
+from optima.state import RunState
 from optima.plan import LIBRARIES_BYTES, peak_bytes, resolve
 from optima.recipe import Recipe
 
@@ -37,8 +38,8 @@ def prune(layers):
     batches = list(torch.randint(0, 64, ({samples}, {length})).split({batch}))
     acts = capture(model, found.stacks[0], batches)
     before, memory = psutil.Process().memory_info().rss, PeakMemory(CPU)
-    job = Job(found.methods, CPU, recipe.damping, 0.04)
-    job.prune(found.stacks[0], acts, found.patterns)
+    run = RunState(found.recipe, found.methods, CPU)
+    prune_stack(found.stacks[0], acts, None, None, found.patterns, run)
     return memory.peak() - before
 
 prune(1)  # the first run also pays for the libraries' own buffers

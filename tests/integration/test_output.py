@@ -154,7 +154,7 @@ class TestInterrupt:
         "target",
         [
             "optima.run.load_tokenizer",
-            "optima.run.open_weights",
+            "optima.plan.open_weights",
             "optima.run.prepare",
         ],
     )

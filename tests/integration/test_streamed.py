@@ -14,7 +14,7 @@ from tiny import WEIGHTS, load_weights, make_llama, make_tokenizer, make_tokens,
 from transformers import PreTrainedModel
 
 import optima
-import optima.run
+import optima.plan
 from optima.errors import NumericalError
 from optima.models.load import find_source, load_model, skeleton
 from optima.models.offload import Checkpoint, Streamed, open_weights
@@ -170,7 +170,7 @@ def test_memory_left_changes_where_activations_wait_and_nothing_else(
     make_llama().bfloat16().save_pretrained(tmp_path / "model")
     expected = pruned(tmp_path / "model", tmp_path / "free", **EVERYTHING)
     monkeypatch.setattr("optima.calibration.store.SMALLEST_MAPPED", 0)
-    monkeypatch.setattr("optima.run.available_memory", lambda: 0)
+    monkeypatch.setattr("optima.inputs.available_memory", lambda: 0)
     assert pruned(tmp_path / "model", tmp_path / "kept", **EVERYTHING) == expected
     notes = optima.load_report(tmp_path / "kept").run.notes
     assert any(note.startswith("activations exceeded main memory") for note in notes)

@@ -24,9 +24,10 @@ from optima.calibration.statistics import observe
 from optima.calibration.weights import row_weights
 from optima.linear import Methods, prune_linear
 from optima.patterns import Pattern, Unstructured
-from optima.prune import Job
+from optima.prune import sensitivity_pass
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.scores import Magnitude, Wanda
+from optima.state import RunState
 
 
 def gradients_of(model: nn.Module, module: nn.Module, tokens_NL: Tensor) -> Iterator[Tensor]:
@@ -112,7 +113,7 @@ def test_a_model_without_gradients_takes_the_sink_and_says_so(pattern: str) -> N
         prune(sink, Recipe(objective="sink", pattern=[pattern]), calibration=make_tokens(5, 64))
         again = prune(make_llama(), Recipe(**report.run.recipe), calibration=make_tokens(5, 64))
     (note,) = [note for note in report.run.notes if "objective sink replaces objective loss" in note]
-    assert ("weights are ranked by row" in note) == (pattern == "0.5")
+    assert "the same sparsity for all linears and without tuning" in note
     assert [linear.pattern for linear in again.linears] == [linear.pattern for linear in report.linears]
     assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
 
@@ -236,9 +237,8 @@ def test_a_sensitivity_pass_over_some_batches_has_the_weights_of_their_tokens(mo
         return saliency_quantiles(task)
 
     monkeypatch.setattr(sys.modules["optima.prune"], "saliency_quantiles", spy)
-    job = Job(Methods(Magnitude()), torch.device("cpu"), 0.01, 0.0, loss=found)
-    job.sensitivity(stack, acts, 0.5, taken)
-    assert job.loss is found
+    monkeypatch.setattr(sys.modules["optima.prune"], "FISHER_FRACTION", 0.5)
+    sensitivity_pass(stack, acts, found, RunState(Recipe(), Methods(Magnitude()), torch.device("cpu")))
     for each in observe(stack.blocks[0], acts.part(taken), 0.0, 0.01, None, found.part(taken)):
         assert each.statistics is not None
         torch.testing.assert_close(seen[each.linears[0].name], each.statistics.hessian.matrix_DD)

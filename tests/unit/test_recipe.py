@@ -17,7 +17,7 @@ from optima.cli import main
 from optima.core import SOLVERS, Auto, BatchedCholesky
 from optima.errors import RecipeError
 from optima.patterns import PatternTable, Unstructured
-from optima.plan import make_methods, pattern_table
+from optima.plan import default_scope, make_methods
 from optima.recipe import GROUPS, PRESETS, SELECTOR_NAMES
 from optima.selectors.base import SELECTORS
 from optima.selectors.scores import Wanda
@@ -227,11 +227,12 @@ class TestMaking:
     )
     def test_rows_compete_by_the_loss_or_as_published(self, values: dict[str, Any], pattern: Unstructured | NM) -> None:
         recipe = Recipe(**values)
-        assert pattern_table(recipe, make_methods(recipe).selector) == PatternTable((), pattern)
+        scope = default_scope(recipe.resolved_objective, make_methods(recipe).selector)
+        assert recipe.resolved(scope).table(recipe.resolved(scope).scope or "row") == PatternTable((), pattern)
 
     def test_pattern_for_each_target(self) -> None:
         recipe = Recipe(pattern=["mlp=2:4", "0.6"], scope="group")
-        table = pattern_table(recipe, make_methods(recipe).selector)
+        table = recipe.table("group")
         up, q = table.assign({"layers.0.mlp.up_proj": 8, "layers.0.self_attn.q_proj": 8}).values()
         assert (up, q) == (NM(2, 4), Unstructured(0.6, "group"))
 

@@ -36,14 +36,13 @@ from optima.device import Stopwatch, full_precision
 from optima.errors import OTHER_DTYPE, CalibrationError
 from optima.models.blocks import DOWN, Block, FusedExperts, Linear
 from optima.models.inputs import rows_of
+from optima.recipe import EXPERT_BYTES
 
 Group = tuple[Linear, ...]
 # Tokens whose inputs are kept, where tokens have weights, to report the error with uniform weights.
 SAMPLE = 512
 # Tokens of a block that stand for all of them at an expert's second linear.
 COMMON_TOKENS = 2048
-# Hessians of experts that are accumulated in one pass, in float64.
-EXPERT_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,22 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.device import evaluating, memory_explained, unswitched
+from optima.checkpointing import Destination
+from optima.device import default_torch_settings, evaluating, memory_explained
 from optima.distributed import joined
 from optima.errors import ModelError, RecipeError
 from optima.extras.channels import KINDS, Kind
 from optima.extras.record import Ordering
 from optima.extras.run import Run
+from optima.inputs import add_generated, load_calibration, make_store
 from optima.models.auxiliary import to_save
 from optima.models.load import load_tokenizer
 from optima.models.ordered import ORDERING_NAME, SCHEMA_VERSION, mark_ordered
 from optima.models.save import open_writer, prepare
 from optima.patterns import NM
-from optima.plan import known_orders
+from optima.plan import known_orders, load_weights, plan_run
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callbacks, Progress, make_progress
-from optima.run import claim, generated, make_run_plan, make_store, read
 from optima.stopping import interruptible
 
 REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients"
@@ -78,41 +79,41 @@ def order(
         ranks = stack.enter_context(joined())
         if ranks.size > 1:
             raise RecipeError("channels are ordered by one process: start it without torchrun")
-        stack.enter_context(unswitched())
+        stack.enter_context(default_torch_settings())
         if isinstance(recipe, Recipe):
             recipe = recipe.replace(tuning_epochs=0)
-        plan = make_run_plan(model, recipe, output_dir, calibration, ranks, device, trust_remote_code)
+        plan = plan_run(model, recipe, output_dir, calibration, ranks, device, trust_remote_code)
         if known_orders(plan.source, plan.model) is not None:
-            name = "the model in memory" if plan.source is None else plan.source.name
-            raise ModelError(f"the channels of {name} are in order already: order the model as it came")
+            raise ModelError(f"the channels of {plan.name} are in order already: order the model as it came")
         if not any(isinstance(pattern, NM) for pattern in plan.patterns.values()):
             raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
         stack.enter_context(memory_explained(plan.device, REMEDY))
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
-            destination = stack.enter_context(claim(plan, output_dir, overwrite, {}, None))
+            opened = Destination.open(output_dir, overwrite, plan.inputs, plan.output_bytes)
+            destination = stack.enter_context(opened)
         reader = load_tokenizer(plan.source) if plan.source is not None and tokenizer is None else tokenizer
         shown = stack.enter_context(Callbacks([make_progress() if progress else Progress()]))
-        network, weights, text = read(plan, reader, ranks, "its channels change places")
+        text = load_calibration(plan.recipe, reader, plan.calibration)
+        text.check(plan.model)
+        network, weights = load_weights(plan, "its channels change places")
         if destination is not None:
             saved = to_save(plan.source, tokenizer, reader)
             prepare(network, saved, plan.source, destination.directory)
-        text = generated(plan, network, reader, text, ranks, shown)
         recipe = plan.recipe
-        assert recipe.batch_size is not None
+        text = add_generated(text, network, reader, recipe, plan.device, ranks, shown)
         store = make_store(destination, ranks)
         run = Run(plan, network, weights, shown, frozenset(channels), store)
         with evaluating(network):
             try:
-                run.order(text.batches(recipe.batch_size))
+                run.order(text.batches(plan.batch_size))
             finally:
                 if run.done:
                     mark_ordered(network, [asdict(each) for each in run.done])
         seconds = time.perf_counter() - started
         notes = (*weights.notes, *text.notes, *run.notes)
-        name = type(network).__name__ if plan.source is None else plan.source.name
-        found = Ordering(name, recipe.to_dict(), tuple(run.done), notes, seconds)
+        found = Ordering(plan.name, recipe.to_dict(), tuple(run.done), notes, seconds)
         if destination is not None:
             if not run.done:
                 raise ModelError(f"nothing has another order, so nothing is written: {'; '.join(run.notes)}")

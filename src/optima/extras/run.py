@@ -17,6 +17,7 @@ from optima.calibration.activations import Activations, capture
 from optima.calibration.batch_size import BatchSize
 from optima.calibration.lm_head import outside_device
 from optima.calibration.store import Store
+from optima.calibration.weights import FisherWeights
 from optima.core.hessian import Hessian
 from optima.core.products import all_finite
 from optima.core.shifted import saliency_unit, scaled_weight
@@ -35,10 +36,9 @@ from optima.models.offload import Weights
 from optima.names import kind
 from optima.patterns import NM, Pattern
 from optima.plan import Plan, chosen_stacks
-from optima.prune import Job
-from optima.recipe import SINK_WEIGHT
+from optima.prune import collect_hessians, find_fisher_weights
 from optima.reporting.callbacks import Callbacks
-from optima.run import find_fisher_weights
+from optima.state import RunState
 
 MOST_ZEROS = 0.1  # of a linear that nobody pruned
 CHANNELS_STAY = "{}: its {} channels stay where they are: {}"
@@ -115,15 +115,13 @@ class Run:
         with self.weights.outside(self.place):
             acts = capture(self.network, stack, batches, whole=True, store=self.store, batch_size=BatchSize(device))
         methods = replace(self.plan.methods, needs=frozenset())  # saliencies ask for none of what a selector needs
-        sink = SINK_WEIGHT if recipe.objective == "sink" else 0.0
-        job = Job(methods, device, recipe.damping, sink, progress=self.shown, weights=self.weights)
-        if recipe.objective == "loss" and (note := find_fisher_weights(job, self.network, stack, acts, recipe)):
-            self.notes.append(note)
+        run = RunState(recipe, methods, device, weights=self.weights, progress=self.shown)
+        fisher = find_fisher_weights(self.network, stack, acts, run)[0] if recipe.objective == "loss" else None
         self.shown.stage("permute", len(stack.blocks))
         for block in stack.blocks:
-            with self.weights.on(block, device, job.clock):
+            with self.weights.on(block, device, run.clock):
                 inner = self._inner(block, acts)
-                saliencies, parts = self._observed(block, acts, job, inner)
+                saliencies, parts = self._observed(block, acts, fisher, run, inner)
                 for each in inner:
                     if each.kind == "heads":
                         self._turn(each, parts[each.name])
@@ -135,7 +133,7 @@ class Run:
                 f"with its channels in another order {type(self.network).__name__} computes something else: leave "
                 "some as they are, for example by --channels mlp"
             )
-        self.notes += job.notes
+        self.notes += run.notes
 
     def _by_pattern(self) -> set[str]:
         """Names of the linears with a pattern n:m."""
@@ -189,7 +187,7 @@ class Run:
         return max(own, key=lambda pattern: (pattern.m, pattern.n), default=None)
 
     def _observed(
-        self, block: Block, acts: Activations, job: Job, inner: Iterable[Channels]
+        self, block: Block, acts: Activations, fisher: FisherWeights | None, run: RunState, inner: Iterable[Channels]
     ) -> tuple[dict[str, Tensor], dict[str, list[Part]]]:
         """What decides about the channels; ``acts`` are behind the block then.
 
@@ -201,14 +199,14 @@ class Run:
         wanted = {name for each in inner if each.kind != "heads" for name in each.readers}
         saliencies: dict[str, Tensor] = {}
         parts: defaultdict[str, list[Part]] = defaultdict(list)
-        for each in job.observe(block, acts, job.clock, onward=True):
+        for each in collect_hessians(block, acts, fisher, run, run.clock, onward=True):
             if (statistics := each.statistics) is None:
                 continue
             for linear in each.linears:
                 if linear.name not in wanted and linear.name not in turned:
                     continue
                 weight_OD, hessian = linear.read().to(self.plan.device, torch.float32), statistics.hessian
-                row_O = None if job.loss is None else job.loss.rows.get(linear.name)
+                row_O = None if fisher is None else fisher.rows.get(linear.name)
                 if linear.name in wanted:
                     saliencies[linear.name] = _saliency(weight_OD, hessian, row_O)
                 if (channels := turned.get(linear.name)) is not None:
