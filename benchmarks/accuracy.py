@@ -2,22 +2,19 @@
 
     python benchmarks/accuracy.py MODEL --calibration c4.jsonl --evaluation wikitext2_test.txt --output accuracy.json
 
-A method is a selector (as published), with steps behind it: +solve (its mask, the surviving weights re-solved, by the
-sink objective), +loss (the same by objective loss), +unsolved (all of +loss but the solve), +shared (sparsity
-allocated by the loss), +tune (blocks tuned, --tuning-epochs). Or it is a recipe that comes with the
-package: fast, balanced, best. Each is measured on a fresh copy of the model. Prints Markdown.
---held-out takes that share of the calibration text, its end, to measure on as well; nothing is calibrated on it.
---own-samples adds sequences that the model writes itself, each from a piece of the text on.
+A method is a selector as published, or a selector with steps: +solve (its mask, survivors re-solved by the sink
+objective), +loss (the same by objective loss), +unsolved (+loss without the solve), +shared (sparsity allocated by the
+loss), +tune (block tuning, --tuning-epochs); or a preset: fast, balanced, best. Each one prunes a fresh copy of the
+model. Prints Markdown.
+--held-out also measures on that share of the calibration text, its end, on which nothing is calibrated.
+--own-samples adds sequences that the model generates, each from an excerpt of the text.
 
-A result takes minutes, so --output is written after each, and --resume goes on from there. With --keep DIR a result
-that was broken off goes on from the block that it had come to, and text of the model's own is written once. Results
-made in several places are put together by --resume OTHER.json: what --output or a named file holds under the same
-settings is not run.
---known-only prunes and measures nothing: it prints the tables of the results at hand (text of the model's own is
-written, by which they are known). Results of other weights, texts or settings are not taken; those from before weights
-were told apart are, and a line says so.
+--output is written after each result, and --resume continues from it. With --keep DIR an interrupted result continues
+from its last block, and generated sequences are reused. --resume OTHER.json also takes results of other files with the
+same settings. --known-only prints the tables of known results and measures nothing. Results of other weights, texts or
+settings are not used; results older than the hash of weights are used, and a line says so.
 
-Recipes have their own scope, allocation, damping, gap and sink weight: the options for these are not theirs.
+Presets have their own scope, allocation, damping, gap and sink weight; the options for these do not change them.
 """
 
 from __future__ import annotations
@@ -126,12 +123,12 @@ class Bench:
         names += ["gap"] if recipe.solver != "none" else []
         names += ["objective"] if recipe.objective == "loss" else []
         names += ["tuning_epochs", "learning_rate"] if recipe.tuning_epochs else []
-        swept = {"swept_share": FISHER_FRACTION} if recipe.objective == "loss" else {}
+        fraction = {"swept_share": FISHER_FRACTION} if recipe.objective == "loss" else {}
         tuned = {"tuning_share": recipe.tuning_fraction} if recipe.tuning_epochs and recipe.tuning_fraction < 1 else {}
         weight = {"sink_weight": SINK_WEIGHT if recipe.objective == "sink" else None}
         return (
             {name: getattr(recipe, name) for name in names}
-            | swept
+            | fraction
             | tuned
             | weight
             | {
@@ -239,7 +236,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="write the results as JSON after every run")
     parser.add_argument("--resume", nargs="*", type=Path, metavar="FILE", help="keep the results of --output and these")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="blocks and own text wait there, see above")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keeps blocks and generated text, see above")
     parser.add_argument("--known-only", action="store_true", help="run nothing; print what --resume finds")
     return parser
 
@@ -353,7 +350,7 @@ def find(results: Sequence[dict[str, Any]], bench: Bench, method: str, pattern: 
     wanted = to_jsonable_python(bench.settings(method, pattern), inf_nan_mode="strings")
     without_tasks = {"tasks": {}, "task_limit": None}
     for result in results:
-        # One that has tasks besides stands for one that has none.
+        # A result with tasks also answers for one without.
         settings = result["settings"] | ({} if wanted["tasks"] else without_tasks)
         unknown = "fingerprint" not in settings
         settings |= {"fingerprint": wanted["fingerprint"]} if unknown else {}

@@ -2,10 +2,10 @@
 
     python benchmarks/end_to_end.py MODEL --calibration c4.jsonl --evaluation wikitext2.txt --peer-python PYTHON
 
-The peer has an environment of its own (pip install llmcompressor), whose interpreter --peer-python names. Contenders
-take turns, each in a fresh process with the same tokens, threads and dtype, from reading the model to the checkpoint
-written. Perplexity is measured here for all. Prints Markdown: medians of --repeats turns. Beside the seconds on the
-wall stand those that processors worked, which other jobs on the machine move less.
+The peer has its own environment (pip install llmcompressor), whose interpreter is --peer-python. Contenders alternate,
+each in a fresh process with the same tokens, threads and dtype, from reading the model to writing the checkpoint.
+Perplexity is measured here for all. Prints Markdown: medians of --repeats runs, in wall-clock and in CPU seconds; other
+jobs on the machine change the latter less.
 """
 
 from __future__ import annotations

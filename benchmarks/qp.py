@@ -209,7 +209,7 @@ def run_case(bench: Bench, console: Console) -> list[Entry]:
     middle = min(gaps, key=lambda gap: abs(gap - 1e-4))
     entries = [ours(bench, gap) for gap in gaps]
     if "diagonal" in peers:
-        needed = diagonal_cg.rehearse(bench.hessian, bench.problem, bench.optimum_RD, gaps)
+        needed = diagonal_cg.trial_run(bench.hessian, bench.problem, bench.optimum_RD, gaps)
         for gap in gaps:
             entries += diagonal(bench, gap, needed[gap])
     if "cholesky" in peers:

@@ -174,7 +174,7 @@ NVLINK, NETWORK, PCIE, NVME = 450e9, 50e9, 64e9, 6e9  # bytes a second: of a GPU
 GPUS = 8  # in a machine
 LOOKS = 2  # of the model on a few tokens: as a whole, and block by block
 PASSES = 3  # over the weights: there and back for the loss, once to prune
-READS = 2 + LOOKS + PASSES  # a fingerprint and a check of all numbers besides
+READS = 2 + LOOKS + PASSES  # plus a fingerprint and a check of all numbers
 LARGE = (
     llama("8B", {"hidden": 4096, "pair": 1024, "middle": 14336, "blocks": 32, "vocabulary": 128256}),
     llama("70B", {"hidden": 8192, "pair": 1024, "middle": 28672, "blocks": 80, "vocabulary": 128256}),

@@ -68,14 +68,14 @@ def main() -> None:
             cells = dict.fromkeys(patterns, cells[NOT_PRUNED])
         texts = [shown(cells[p]) + ratio(cells[p], baseline.get(p, {})) if p in cells else "" for p in patterns]
         printed.append([*row, *texts])
-    print(table(["model", "tokens", "method", "besides", *patterns], printed, num_left=4))
+    print(table(["model", "tokens", "method", "settings", *patterns], printed, num_left=4))
 
 
 def baseline_of(row: Row, rows: Mapping[Row, dict[str, Cell]], name: str) -> dict[str, Cell]:
     """The cells of the baseline at the row's model and size: as the row, where rows are tempered, or else as usual."""
-    model, tokens, _, besides = row
+    model, tokens, _, settings = row
     tempered = "tempered_rows True"
-    found = rows.get((model, tokens, name, tempered), {}) if tempered in besides.split(", ") else {}
+    found = rows.get((model, tokens, name, tempered), {}) if tempered in settings.split(", ") else {}
     return rows.get((model, tokens, name, ""), {}) | found
 
 
@@ -84,7 +84,7 @@ def seed_of(result: dict[str, Any]) -> int:
 
 
 def texts_of(result: dict[str, Any]) -> Texts:
-    """Beside text of its own a model has the text that its seed draws, with which the hash of both does not compare."""
+    """The text measured on and, unless some is generated, the hash of the calibration text."""
     settings = result["settings"]
     own = settings.get("own_samples") or result["pattern"] == NOT_PRUNED
     return *(str(settings.get(name)) for name in MEASURED), None if own else settings.get("calibration_hash")
@@ -117,9 +117,9 @@ def varied_settings(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str, s
 
 def row_of(result: dict[str, Any], varied: Mapping[tuple[str, str, str], set[str]]) -> Row:
     settings, method = result["settings"], method_of(result)
-    told = {name: settings[name] for name, usual in USUAL.items() if settings.get(name, usual) != usual}
-    told |= {name: settings.get(name) for name in sorted(varied[method] - USUAL.keys() - UNRELATED)}
-    return *method, ", ".join(f"{name} {str(value)[:12]}" for name, value in told.items())
+    unusual = {name: settings[name] for name, usual in USUAL.items() if settings.get(name, usual) != usual}
+    unusual |= {name: settings.get(name) for name in sorted(varied[method] - USUAL.keys() - UNRELATED)}
+    return *method, ", ".join(f"{name} {str(value)[:12]}" for name, value in unusual.items())
 
 
 def shown(cell: Cell) -> str:

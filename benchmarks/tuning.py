@@ -2,12 +2,11 @@
 
     python benchmarks/tuning.py MODEL --calibration c4.jsonl --pattern 0.5 --blocks 4 10
 
-The model is pruned without tuning, by the default recipe with sparsity shared out. A block's error is how far its
-outputs behind pruned blocks are from those of the dense block behind dense blocks, in the metric of the loss, all
-tokens alike. Blocks are then tuned one by one, each behind blocks that are not. Prints errors relative to that before
-tuning: of the dense block behind the same pruned blocks, which is what these hand on, and of the tuned block. A block's
-own text is all that it is calibrated on, with the eighth that tuning holds out. Other text is the last fifth of the
-documents.
+The model is pruned without tuning, by the default recipe with sparsity allocation. The error of a block is the distance
+of its outputs, on the inputs that pruned blocks give, from the dense block's outputs on dense inputs, in the metric of
+the loss, with equal tokens. Blocks are tuned one by one, with all others untuned. Prints errors relative to the untuned
+block: of the dense block on the same pruned inputs, and of the tuned block. The first text is the calibration text,
+with the eighth that tuning holds out; the other text is the last fifth of the documents.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from optima.distributed import STRIP_BYTES
 from optima.recipe import FISHER_FRACTION
 from optima.selectors.optima import Optima
 
-SAMPLE = 512  # inputs that go to the owner beside a hessian
+SAMPLE = 512  # inputs that are sent with a Hessian
 
 
 @dataclass(frozen=True)
@@ -160,14 +160,14 @@ class Work:
 
 
 def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int, counts: Counts = DEFAULT) -> Work:
-    """A run by objective loss, without tuning or a survey; ``tokens_of``: sequences, and the length of one."""
+    """A run by objective loss, without tuning or sensitivity pass; ``tokens_of``: sequences, and the length of one."""
     samples, length = tokens_of
     own = -(-samples // processes)
     tokens = own * length
     one = model.forward_flops(tokens, length)
     last = 2.0 * tokens * sum(group.copies * group.share * group.weights for group in model.groups[-1:])
     head = 2.0 * tokens * model.vocabulary * model.hidden
-    swept = fisher_share(FISHER_FRACTION, math.prod(tokens_of))
+    fraction = fisher_share(FISHER_FRACTION, math.prod(tokens_of))
     coupling = 2.0 * tokens * sum(outputs**2 for group in model.groups for outputs in group.coupled(counts))
     gram = sum(2.0 * group.copies * group.share * tokens * group.inputs**2 for group in model.groups)
     each = [group for group in model.groups for _ in range(group.copies)]
@@ -188,7 +188,7 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
         shared += group.weights * (itemsize + (1 if owner is not None else 2))
     alone = processes == 1
     return Work(
-        gradients=(model.blocks * (3 * one + coupling) + 2 * head) * swept,
+        gradients=(model.blocks * (3 * one + coupling) + 2 * head) * fraction,
         forward=model.blocks * (2 * one - last) - one,
         hessian=model.blocks * gram,
         solve=model.blocks * max(load),

@@ -19,7 +19,7 @@ from torch import Tensor
 from optima.core import Hessian, RowProblem
 from qp_peers.diagonal_cg import PeerSolution
 
-# More iterations than the rehearsal of ``diagonal_cg`` counted, where float32 alone is a little slower.
+# More iterations than the trial run of ``diagonal_cg`` counted, where float32 alone is a little slower.
 EXTRA = 40
 TrueGap = Callable[[Tensor], float]
 

@@ -6,7 +6,7 @@ that are done leave the batch, restarts from float64 residuals. Two stopping rul
 * certified: now and then one more product r K gives the bound 1/2 r^T K r that ours with the shared inverse gets for
   free (K may be rounded, as in ours); the last word is ``optima.core.certify``. It begins with a float64 certificate of
   all rows and makes the inverse, of which low-rank CG needs neither: what that costs counts as the peer's.
-* oracle: a rehearsal that knows the optimum counts the iterations each row needs, and the timed run does just those,
+* oracle: a trial run that knows the optimum counts the iterations each row needs, and the timed run does just those,
   with no check and no certificate. No real run can do this; it bounds what any stopping rule could achieve.
 
 Shapes: R rows, D inputs, A rows still open.
@@ -63,7 +63,7 @@ def certified(hessian: Hessian, problem: RowProblem, gap: float, check_dtype: to
     return PeerSolution(weight_RD, iterations_R, gap_R)
 
 
-def rehearse(hessian: Hessian, problem: RowProblem, optimum_RD: Tensor, gaps: list[float]) -> dict[float, Tensor]:
+def trial_run(hessian: Hessian, problem: RowProblem, optimum_RD: Tensor, gaps: list[float]) -> dict[float, Tensor]:
     """Iterations that each row needs to come within each of ``gaps`` of its optimum (untimed)."""
     weight_RD, residual_RD, error_R = _start(hessian, problem)
     difference_RD = problem.target_RD.double() - optimum_RD.double()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optima.core import Hessian, RowProblem
 
-# Gathered matrices of one batch: large enough for batched LAPACK and cuSOLVER, small beside a layer.
+# Gathered matrices of one batch: large enough for batched LAPACK and cuSOLVER, small compared with a layer.
 BATCH_BYTES = 256 * 2**20
 
 

@@ -1,4 +1,4 @@
-"""What the site has beside the pages of docs/: pages made from the code, formulas as MathML, the root's own pages.
+"""Pages of the site that are not in docs/: pages made from the code, formulas as MathML, the root's own pages.
 
 Pages that are made at every build cannot go stale.
 """
