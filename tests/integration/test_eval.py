@@ -138,12 +138,9 @@ def test_model_that_does_not_fit(
     [
         {},
         {"dataset": "missing.txt"},
-        {"dataset": "text.txt", "max_seq_length": 5000},
         {"dataset": "text.txt", "max_windows": 0},
         {"dataset": "text.txt", "protocol": "sparsgpt"},
-        {"dataset": "text.txt", "device": "gpu"},
         {"dataset": "text.txt", "divergence": True},
-        {"models": ["./missing"], "dataset": "text.txt"},
         {"models": [], "dataset": "text.txt"},
     ],
     ids=str,

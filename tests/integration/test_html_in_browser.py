@@ -107,16 +107,6 @@ def test_keys_alone_do_the_same(show: Open) -> None:
     assert page.evaluate("document.activeElement.closest('#map')") is None, "a grid is one stop"
 
 
-def test_keys_of_the_browser_stay_its_own(show: Open) -> None:
-    page = show(run())
-    first = page.locator("#map [tabindex='0']")
-    first.focus()
-    page.evaluate("addEventListener('keydown', (event) => (window.taken = event.defaultPrevented))")
-    for keys, taken in (("Alt+ArrowRight", False), ("Control+ArrowDown", False), ("ArrowRight", True)):
-        page.keyboard.press(keys)
-        assert page.evaluate("taken") is taken, keys
-
-
 def test_only_what_was_measured_is_offered_and_drawn(show: Open) -> None:
     def offered(found: Report) -> tuple[list[str], list[str]]:
         page = show(found)
@@ -129,21 +119,6 @@ def test_only_what_was_measured_is_offered_and_drawn(show: Open) -> None:
     metrics, plots = offered(report(unsolved()))
     assert not {"gap written", "iterations"} & {*metrics}
     assert not plots
-
-
-def test_print_shows_all_blocks(show: Open) -> None:
-    page = show(run(blocks=80))
-    page.emulate_media(media="print")
-    page.set_viewport_size({"width": 680, "height": 900})
-    assert page.evaluate("document.querySelector('#map table').scrollWidth <= document.body.clientWidth")
-
-
-def test_keys_pass_over_what_a_block_does_not_have(show: Open) -> None:
-    page = show(report(*(each for each in run().linears if (each.block, "up_proj" in each.name) != (1, True))))
-    page.locator("#map [tabindex='0']").focus()
-    for key in ("ArrowRight", "ArrowDown"):
-        page.keyboard.press(key)
-    api.expect(cell(page, "down_proj", 1)).to_be_focused()
 
 
 def test_hovering_marks_the_linear_everywhere(show: Open) -> None:
@@ -239,14 +214,10 @@ def test_nothing_is_wider_than_the_window(show: Open, width: int) -> None:
 
 
 def test_any_number_of_linears(show: Open) -> None:
-    for found in (Report(run().run, ()), run(blocks=1), report(), report(unsolved())):
-        assert show(found).locator("#linears tbody tr").count() == len(found.linears)
-    names = [f"mlp.{a}{b}_proj" for a in "abcdefghij" for b in "klmnopqrst"]
-    many = [linear(name, block, error=100.1 - i) for block in range(21) for i, name in enumerate(names)]
-    page = show(report(*many))
+    for found in (Report(run().run, ()), report(), run(blocks=700)):
+        page = show(found)
+        assert page.locator("#linears tbody tr").count() == min(len(found.linears), 2000)
     api.expect(page.locator("#count")).to_have_text("2\u2009100 of 2\u2009100, the first 2\u2009000 shown")
-    cell(page, "jt_proj", 20).click()
-    api.expect(row(page, "layers.20.mlp.jt_proj")).to_be_focused()
 
 
 def test_scripts_in_a_record_do_not_run(show: Open) -> None:

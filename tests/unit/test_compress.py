@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import blocks_of, make_llama, save_model, snapshot
 from torch import Tensor
@@ -80,19 +78,10 @@ def test_every_file_of_a_checkpoint_comes_back(model: Path) -> None:
     assert size.sparse == 2 * 7
     assert size.after == sum(file.stat().st_size for file in packed.glob("*.packed.safetensors"))
     assert optima.unpack(packed) == size.before
+    optima.pack(model, overwrite=True)
     unpacked = snapshot(packed.with_name("model-packed-unpacked"))
     unpacked.pop(".optima.json")
     assert unpacked == snapshot(model) == before
-
-
-def test_the_index_of_a_packed_checkpoint_names_where_each_tensor_is(model: Path) -> None:
-    optima.pack(model)
-    packed = model.with_name("model-packed")
-    index = json.loads((packed / "model.packed.safetensors.index.json").read_text())
-    for name, file in index["weight_map"].items():
-        with safe_open(packed / file, framework="numpy") as tensors:
-            assert {name, f"{name}.bitmap"} & set(tensors.keys()), name
-    assert (packed / "config.json").read_bytes() == (model / "config.json").read_bytes()
 
 
 def test_every_bit_comes_back_and_to_the_reader_of_the_docs(tmp_path: Path) -> None:
@@ -153,8 +142,6 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     said = capsys.readouterr().out
     assert " MB -> " in said
     assert said.endswith(f"{tmp_path / 'model-packed'}\n")
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained("model-packed")
     assert main(["unpack", "model-packed", "--output-dir", "again"]) == 0
     assert "every checksum right: again" in capsys.readouterr().out
     Path("link").symlink_to("model")
@@ -214,8 +201,3 @@ def test_exchanged_shards_are_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="where the index has it"):
         optima.unpack(tmp_path / "packed", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_its_own_output_is_replaced_if_asked(model: Path) -> None:
-    optima.pack(model)
-    optima.pack(model, overwrite=True)

@@ -26,7 +26,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.text, self.elements, self.open, self.words = text, [], [], []
+        self.text, self.elements, self.open, self.texts = text, [], [], []
         self.feed(text)
         assert self.open == []
 
@@ -40,11 +40,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open[-1:] not in (["script"], ["style"]):
-            self.words.append(data)
+            self.texts.append(data)
 
     @property
     def shown(self) -> str:
-        return " ".join(" ".join(self.words).split())
+        return " ".join(" ".join(self.texts).split())
 
     @property
     def data(self) -> list[dict]:

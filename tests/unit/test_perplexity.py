@@ -191,7 +191,7 @@ def test_windows_that_the_model_cannot_read(tokens_NL: Tensor, error: type[Excep
 
 
 def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-    """Words "0" .. "99" are their own ids, a blank line is 200, BOS 201; "The quick brown fox" is known too."""
+    """Numbers "0" .. "99" are their own ids, a blank line is 200, BOS 201; "The quick brown fox" is known too."""
     known = {str(i): i for i in range(100)} | {"\n\n": 200, "<s>": 201, "<unk>": 202}
     known |= {word: 203 + i for i, word in enumerate(["The", "quick", "brown", "fox"])}
     backend = Tokenizer(WordLevel(known, unk_token="<unk>"))

@@ -43,11 +43,6 @@ class TestRecord:
         assert (loaded.gap_max, loaded.error_mask) == (math.inf, math.inf)
         assert math.isnan(loaded.error)
 
-    def test_recipe_is_stored_as_plain_values(self, tmp_path: Path) -> None:
-        report(recipe={"path": Path("a") / "b", "pair": (1, 2.5), "none": None, "limit": math.inf}).save(tmp_path)
-        expected = {"path": str(Path("a") / "b"), "pair": [1, 2.5], "none": None, "limit": "Infinity"}
-        assert load_report(tmp_path).run.recipe == expected
-
     def test_totals(self) -> None:
         big = linear(block=1, shape=(8, 12), sparsity=0.75, error=0.4, gap_max=2e-4, rows_not_converged=3)
         totals = report(linear(), big, unsolved(block=2, error=0.0, shape=(8, 8), sparsity=0.0))

@@ -59,7 +59,7 @@ def accelerate(model: nn.Module) -> Accelerated:
 
 
 def why_not(weight_OD: Tensor) -> str | None:
-    """Why a weight cannot be converted, in words that follow its name; None if it can."""
+    """Why a weight cannot be converted, as a predicate of its name; None if it can."""
     outputs, inputs = weight_OD.shape
     if weight_OD.dtype not in DTYPES:
         return f"is {weight_OD.dtype}: load the model in bfloat16 or float16"

@@ -120,7 +120,7 @@ class BlockDone(Record):
 class RunRecord(Record):
     """The settings of a run and where it ran."""
 
-    model: str  # the model's id or path, as given
+    model: str  # the model's id or path
     recipe: dict[str, Any]  # the resolved recipe as plain values
     versions: dict[str, str]  # library name -> version, see ``library_versions``
     seed: Int  # seed of the calibration draw

@@ -81,8 +81,8 @@ function place(element, linears, text) {
   element.onclick = () => select(linears, element.localName);
 }
 function describe(linear) {
-  const words = METRICS.filter(({ get }) => get(linear) !== null).map(({ title, get, text = show }) => `${title} ${text(get(linear))}`);
-  return [linear.name, ...words].join(" · ");
+  const parts = METRICS.filter(({ get }) => get(linear) !== null).map(({ title, get, text = show }) => `${title} ${text(get(linear))}`);
+  return [linear.name, ...parts].join(" · ");
 }
 function select(linears, from) {
   const find = (tag) => placesOf(linears[0]).find((element) => element.localName === tag);
@@ -173,11 +173,11 @@ function drawMap({ linears, kinds }) {
       const members = cells.get(`${number} ${block}`);
       if (!members) { make(row, "td"); continue; }
       const x = value(members);
-      const words = `block ${block}, ${kind}: ${title} ${x === null ? "–" : text(x)}`;
-      const cell = make(row, "td", { tabindex: -1, "aria-label": words });
+      const label = `block ${block}, ${kind}: ${title} ${x === null ? "–" : text(x)}`;
+      const cell = make(row, "td", { tabindex: -1, "aria-label": label });
       if (Number.isFinite(x)) cell.style.background = colour(x);
       else cell.className = "unknown";
-      place(cell, members.sort((a, b) => b.error - a.error), members.length > 1 ? `${words} · ${members.length} layers` : describe(members[0]));
+      place(cell, members.sort((a, b) => b.error - a.error), members.length > 1 ? `${label} · ${members.length} layers` : describe(members[0]));
     }
   }
   rove(table);
