@@ -7,8 +7,7 @@ if TYPE_CHECKING:
     from optima.errors import OptimaError
     from optima.extras.compress import pack, unpack
     from optima.extras.mask_preserving import HoldZeros, hold_zeros
-    from optima.extras.order import order
-    from optima.extras.record import Ordering
+    from optima.extras.order import Ordering, order
     from optima.extras.semi_structured import accelerate
     from optima.hub import push
     from optima.patterns import NM, Unstructured
@@ -46,7 +45,7 @@ _HOMES = {
     "HoldZeros": "extras.mask_preserving",
     "NM": "patterns",
     "OptimaError": "errors",
-    "Ordering": "extras.record",
+    "Ordering": "extras.order",
     "Recipe": "recipe",
     "Report": "reporting.record",
     "RunStart": "reporting.callbacks",

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, build, fisher_of, make_ids
-from safetensors.torch import save_file
 from tiny import Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model, snapshot
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import optima
 from optima import Ordering, Recipe
-from optima.checkpointing import Journal
-from optima.cli import CHANNELS, main
+from optima.cli import main
 from optima.core.hessian import Hessian
 from optima.errors import ModelError, NumericalError, RecipeError
-from optima.extras.channels import KINDS
 from optima.models.blocks import find_stacks, select_linears
 from optima.models.inputs import arguments
 from optima.names import kind
@@ -33,10 +29,7 @@ HEADS_STAY = {
 }  # fmt: skip
 MLPS_STAY = {"xlnet"}
 # Each has something that no other has; the rest are marked slow.
-TELLING = {
-    *("llama", "gemma3", "phi3", "gpt2", "gpt_neox", "bert", "xlnet", "mixtral", "deepseek_v3"),
-    *("gpt_oss", "gemma4_moe", "qwen3_next", "gemma3n", "t5", "gemma3_vision"),
-}
+TELLING = {"llama", "phi3", "gpt2", "gpt_neox", "mixtral", "gpt_oss", "deepseek_v3", "gemma3n", "t5"}
 UNDIVIDED = {"mamba"}  # a linear with two inputs
 
 
@@ -74,27 +67,24 @@ def test_an_ordered_model_is_the_same_function_and_loses_less(family: str) -> No
     before = outputs(model)
     found = order(model)
     torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
-    told = {kind: lost for kind, _, lost in found.summary()}
-    assert all(lost < 1.0 for lost in told.values()), told
-    assert ("heads" in told) == (family not in HEADS_STAY), found.notes
-    assert ("mlp" in told) == (family not in MLPS_STAY), found.notes
+    moved = {kind: lost for kind, _, lost in found.summary()}
+    assert all(lost < 1.0 for lost in moved.values()), moved
+    assert ("heads" in moved) == (family not in HEADS_STAY), found.notes
+    assert ("mlp" in moved) == (family not in MLPS_STAY), found.notes
     # Every linear's inputs were ordered, or a note names its kind.
     left = " ".join(note for note in found.notes if note.startswith("the inputs of these linears"))
     stacks = select_linears(find_stacks(model), [".*"], ["lm_head", "embed"])
     readers = {linear.name for stack in stacks for block in stack.blocks for linear in block.linears}
-    if not told:
+    if not moved:
         assert all(kind(name) in left for name in readers)
 
 
-@pytest.mark.parametrize(("family", "part", "by"), [("gpt_oss", "experts.down_proj", 0.002)])
-def test_an_order_is_the_same_function_where_what_it_would_break_matters_little(
-    family: str, part: str, by: float
-) -> None:
-    model = made_uneven(build(family))
+def test_a_wrong_layout_is_found_where_its_weights_matter_little() -> None:
+    model = made_uneven(build("gpt_oss"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if part in name and parameter.ndim > 1:
-                parameter.mul_(by)
+            if "experts.down_proj" in name and parameter.ndim > 1:
+                parameter.mul_(0.002)
     before = outputs(model)
     found = order(model)
     torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
@@ -146,11 +136,6 @@ def test_the_record_tells_what_moved_where(root: Path) -> None:
     with torch.no_grad():
         after = AutoModelForCausalLM.from_pretrained("ordered")(tokens).logits
         torch.testing.assert_close(after, model(tokens).logits, rtol=1e-4, atol=1e-5)
-    assert main(prune_arguments("--pattern", "2:4", "--output-dir", "plain")) == 0
-    assert main(prune_arguments("--pattern", "2:4", model="ordered")) == 0
-    plain, better = optima.load_report("plain"), optima.load_report("out")
-    assert sum(each.error_mask for each in better.linears) < sum(each.error_mask for each in plain.linears)
-    assert {stat.S_IMODE(file.stat().st_mode) & 0o044 for file in Path("ordered").iterdir()} == {0o044}
     # Only an output of ours is replaced, by the same bits.
     assert main(["order", "model", "--output-dir", "ordered", *options, "--overwrite"]) == 0
     assert all(torch.equal(new[name], tensor) for name, tensor in load_weights(root / "ordered").items())
@@ -159,57 +144,16 @@ def test_the_record_tells_what_moved_where(root: Path) -> None:
 def test_an_order_goes_with_what_is_made_of_the_model(
     root: Path, late: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Masks speak of weights by their places, so a pruned model has the orders too; a second order is refused."""
+    """Masks name weights by their places, so a pruned model has the orders too; a second order is refused."""
     options = prune_arguments("--pattern", "2:4")[4:]
-    assert main(["plan", "model", *options]) == 0
-    assert "after `optima order`" in " ".join(capsys.readouterr().out.split())
     assert main(["order", "model", "--output-dir", "ordered", *options]) == 0
-    assert main(["plan", "ordered", *options]) == 0
-    assert "after `optima order`" not in capsys.readouterr().out
     assert main(prune_arguments("--pattern", "2:4", model="ordered")) == 0
     assert Path("out/ordering.json").read_bytes() == Path("ordered/ordering.json").read_bytes()
     external = ["--selector", "external", "--mask-from", "out", "--output-dir", "again"]
     assert main(prune_arguments(*external, model="ordered")) == 0
     capsys.readouterr()
     assert "have their channels in different orders" in late(*external, "--output-dir", "other")
-    assert "have their channels in different orders" in late(arguments=["plan", "model", *external[:4]])
     assert "are in order already" in late(arguments=["order", "ordered", "--output-dir", "twice", *options])
-    # A model in memory remembers where it is from.
-    held = AutoModelForCausalLM.from_pretrained("ordered")
-    with pytest.raises(ModelError, match="the model in memory are in order already"):
-        order(held)
-    optima.prune(held, Recipe(pattern=["2:4"]), output_dir="held", calibration=make_ids(), progress=False)
-    assert Path("held/ordering.json").read_bytes() == Path("ordered/ordering.json").read_bytes()
-    # And a file of masks has its orders beside it.
-    masks = {name: tensor != 0 for name, tensor in load_weights(root / "out").items() if name.endswith("_proj.weight")}
-    save_file(masks, "held/masks.safetensors")
-    external[3], external[5] = "held/masks.safetensors", "from-file"
-    assert main(prune_arguments(*external, model="ordered")) == 0
-    capsys.readouterr()
-    Path("ordered/ordering.json").write_text("{}")
-    assert "is not as optima order wrote it" in late(arguments=["order", "ordered", "--output-dir", "o", *options])
-
-
-def test_a_model_that_was_ordered_in_memory_tells_it(root: Path) -> None:
-    """Though it was read from where the channels are as they came."""
-    plain, model = (AutoModelForCausalLM.from_pretrained("model") for _ in range(2))
-    done = order(made_uneven(model), output_dir="ordered")
-    assert done.channels
-    with pytest.raises(ModelError, match="the model in memory are in order already"):
-        order(model)
-    for held, name in ((plain, "of-plain"), (model, "of-ordered")):
-        optima.prune(held, Recipe(pattern=["2:4"]), output_dir=name, calibration=make_ids(), progress=False)
-    assert not Path("of-plain/ordering.json").exists()
-    own, written = (json.loads(Path(name, "ordering.json").read_text()) for name in ("of-ordered", "ordered"))
-    assert own["channels"] == written["channels"]
-    recipe = Recipe(selector="external", mask_from="of-ordered")
-    optima.prune(model, recipe, calibration=make_ids(), progress=False)
-    with pytest.raises(RecipeError, match="have their channels in different orders"):
-        optima.prune(model, recipe.replace(mask_from="of-plain"), calibration=make_ids(), progress=False)
-
-
-def test_the_help_knows_every_kind_of_channels() -> None:
-    assert tuple(CHANNELS) == KINDS
 
 
 def test_only_channels_that_are_named_change_places(capsys: pytest.CaptureFixture[str], root: Path) -> None:
@@ -223,32 +167,22 @@ def test_only_channels_that_are_named_change_places(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("pruned", ["v_proj", "o_proj"])
-def test_values_are_turned_for_either_linear(pruned: str, root: Path) -> None:
-    patterns = ["--pattern", f"{pruned}=2:4", "0.5"]
-    assert (
-        main(["order", "model", "--output-dir", "turned", *prune_arguments(*patterns, "--channels", "heads")[4:]]) == 0
+def test_values_are_rotated_for_either_linear(pruned: str) -> None:
+    patterns = [f"{pruned}=2:4", "0.5"]
+    dense, rotated = make_llama(), make_llama()
+    recipe = Recipe(pattern=patterns, objective="plain", allocation="uniform", tuning_epochs=0)
+    optima.order(rotated, recipe, calibration=make_ids(), channels=["heads"], progress=False)
+    old, new = (dict(model.named_parameters()) for model in (dense, rotated))
+    assert {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])} == {"v_proj", "o_proj"}
+    plain, better = (
+        optima.prune(model, recipe, calibration=make_ids(), progress=False).linears for model in (dense, rotated)
     )
-    old, new = load_weights(root / "model"), load_weights(root / "turned")
-    changed = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
-    assert changed == {"v_proj", "o_proj"}
-    options = [*patterns, "--objective", "plain", "--allocation", "uniform", "--tuning-epochs", "0"]
-    for name, out in (("model", "plain"), ("turned", "better")):
-        assert main(prune_arguments(*options, "--output-dir", out, model=name)) == 0
-    plain, better = (optima.load_report(name).linears for name in ("plain", "better"))
     for before, after in zip(plain, better, strict=True):
         if before.name.endswith(pruned):
             assert after.error_mask < 0.95 * before.error_mask, before.name
 
 
-def test_experts_that_work_on_fewer_channels_than_the_hidden_ones() -> None:
-    model = build("nemotron_h", moe_latent_size=16)
-    before = outputs(model)
-    found = order(model)
-    assert {"mlp", "heads"} <= {each.kind for each in found.channels}
-    torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
-
-
-@pytest.mark.parametrize(("part", "shared"), [("self_attn", "v_proj"), ("mlp", "gate_proj")])
+@pytest.mark.parametrize(("part", "shared"), [("self_attn", "v_proj")])
 def test_channels_inside_a_block_stay_if_it_shares_weights_with_another(part: str, shared: str) -> None:
     model, tokens = make_llama(), make_tokens()
     first, second = (getattr(block.module, part) for block in find_stacks(model)[0].blocks[:2])
@@ -279,7 +213,7 @@ def test_what_cannot_be_ordered_is_refused(cheap: Any, root: Path) -> None:
     assert "invalid choice: 'ffn'" in cheap(arguments=["order", "model", "--output-dir", "o", "--channels", "ffn"])
     into = ["order", "model", "--output-dir", str(root), "--overwrite", "--pattern", "2:4", *arguments]
     assert "holds the current directory" in cheap(arguments=into)
-    with pytest.raises(RecipeError, match="there are no channels 'ffn': choose among mlp, heads"):
+    with pytest.raises(RecipeError, match="must be a list of mlp and heads, got"):
         optima.order(make_llama(), Recipe(pattern=["2:4"]), calibration=make_tokens(), channels=["ffn"])  # type: ignore[list-item]
 
 
@@ -288,18 +222,6 @@ def test_nothing_is_written_if_nothing_has_another_order(root: Path, capsys: pyt
     assert main(["order", "model", "--output-dir", "out", *options]) == 2
     assert "nothing has another order, so nothing is written" in capsys.readouterr().err
     assert not Path("out").exists()
-
-
-@pytest.mark.parametrize("command", ["order", "pack"])
-def test_an_unfinished_run_of_prune_is_not_deleted(root: Path, late: Refused, command: str) -> None:
-    (root / ".out.optima-partial" / "model").mkdir(parents=True)
-    (root / ".out.optima-partial" / "run.json").write_text("{}")
-    journal = Journal(root / ".out.optima-partial" / "journal.jsonl")
-    journal.begin({"recipe": {}})
-    journal.append({"block": "model.layers.0", "file": None})
-    options = prune_arguments("--pattern", "2:4")[4:] if command == "order" else []
-    message = late(arguments=[command, "model", "--output-dir", "out", *options])
-    assert "--no-resume" in message
 
 
 def test_outputs_that_are_no_numbers_are_named_before_anything_moves() -> None:
@@ -312,22 +234,12 @@ def test_outputs_that_are_no_numbers_are_named_before_anything_moves() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items() if "head" not in name)
 
 
-def test_weights_that_are_no_numbers_are_named() -> None:
-    model = make_llama()
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN"):
-        order(model)
-
-
-@pytest.mark.parametrize(
-    "part", ["order.prepare", "order.make_store", "run.best_order", "run.best_turn", "order.asdict"]
-)
+@pytest.mark.parametrize("part", ["prepare", "best_turn", "asdict"])
 def test_nothing_is_left_of_a_run_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     def fail(*args: object) -> None:
         raise ModelError("no")
 
-    monkeypatch.setattr(f"optima.extras.{part}", fail)
+    monkeypatch.setattr(f"optima.extras.order.{part}", fail)
     before = snapshot(root)
     assert main(["order", "model", "--output-dir", "a/out", *prune_arguments("--pattern", "2:4")[4:]]) == 2
     assert snapshot(root) == before
@@ -340,7 +252,7 @@ def test_channels_are_ordered_by_rows_in_units_of_the_loss(monkeypatch: pytest.M
         seen.append(saliency_RC.clone())
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.extras.run.best_order", stay)
+    monkeypatch.setattr("optima.extras.order.best_order", stay)
     model = make_llama()
     weights = [block.mlp.down_proj.weight.detach().clone() for block in model.model.layers]
     recipe = Recipe(pattern=["2:4"], objective="loss", seed=3, batch_size=4)
@@ -362,7 +274,7 @@ def test_channels_are_ordered_by_columns_in_units_of_their_inputs(monkeypatch: p
         seen.append(saliency_RC.clone())
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.extras.run.best_order", stay)
+    monkeypatch.setattr("optima.extras.order.best_order", stay)
     model, tokens_NL = make_llama(), make_tokens(8, 16)
     down = model.model.layers[0].mlp.down_proj
     handle = down.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().flatten(0, 1).double()))

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optima.core.hessian import Hessian
-from optima.extras.channels import Channels, Place
+from optima.extras.channels import Channels, Site
 from optima.extras.rotate import Part, best_turn, part_of
+from optima.models.blocks import Linear
 from optima.patterns import NM
 
 HEADS, COPIES, WIDTH, INPUTS, OUTPUTS = 2, 3, 8, 24, 20
 PATTERNS = [NM(2, 4), NM(1, 4), NM(6, 8)]
-# Values stand behind four other outputs, as in a fused linear.
-CHANNELS = Channels(
-    kind="heads", name="attention", heads=HEADS, width=WIDTH, readers=("out",),
-    read=tuple(tuple((head * COPIES + copy) * WIDTH for copy in range(COPIES)) for head in range(HEADS)),
-    places=(Place("value.weight", 0, tuple((4 + head * WIDTH,) for head in range(HEADS))),),
-)  # fmt: skip
+READ = tuple(tuple((head * COPIES + copy) * WIDTH for copy in range(COPIES)) for head in range(HEADS))
+# Values come after four other outputs, as in a fused linear.
+WRITTEN = tuple((4 + head * WIDTH,) for head in range(HEADS))
+VALUE_LINEAR, OUT_LINEAR = Linear("value", nn.Identity()), Linear("out", nn.Identity())
+CHANNELS = Channels("heads", "attention", WIDTH, (Site(VALUE_LINEAR, WRITTEN),), Site(OUT_LINEAR, READ))
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -48,14 +48,14 @@ def random_turn() -> Tensor:
 
 @pytest.mark.parametrize("rows", [False, True])
 def test_saliencies_are_those_of_the_turned_weights(rows: bool) -> None:
-    """w^2 / K_ii times what the loss feels of the row, K the inverse of the damped hessian of the turned inputs."""
+    """w^2 / K_ii times the weight of the row, K the inverse of the damped Hessian of the rotated inputs."""
     turn_HWW = random_turn()
     writer, reader = parts(NM(2, 4), rows)
     turned = writer.saliency(turn_HWW)
-    felt_O = random(len(VALUE), seed=7).square() if rows else torch.ones(len(VALUE))
+    row_O = random(len(VALUE), seed=7).square() if rows else torch.ones(len(VALUE))
     for head in range(HEADS):
         own = slice(4 + head * WIDTH, 4 + (head + 1) * WIDTH)
-        expected = (turn_HWW[head] @ VALUE[own]).double().square() / IN_VALUE.inverse_diagonal_D * felt_O[own].mean()
+        expected = (turn_HWW[head] @ VALUE[own]).double().square() / IN_VALUE.inverse_diagonal_D * row_O[own].mean()
         torch.testing.assert_close(turned[head].double(), expected, rtol=1e-4, atol=1e-5)
     whole = torch.block_diag(*(turn_HWW[head] for head in range(HEADS) for _ in range(COPIES))).double()
     left_D = torch.linalg.inv(whole @ IN_OUT.damped_DD @ whole.mT).diagonal()
@@ -92,13 +92,6 @@ def test_nothing_is_turned_for_nothing(pattern: NM) -> None:
     turn_HWW, share = best_turn([part], random(HEADS, WIDTH, WIDTH))
     assert torch.equal(turn_HWW, torch.eye(WIDTH).expand_as(turn_HWW))
     assert share == 1.0
-
-
-def test_dead_inputs_count_for_nothing() -> None:
-    inputs_TD = random(100, INPUTS)
-    inputs_TD[:, :5] = 0.0
-    part = part_of(CHANNELS, "value", VALUE, Hessian(inputs_TD.mT @ inputs_TD / 100, 0.01), None, NM(2, 4))
-    assert not part.saliency(random_turn())[..., :5].any()
 
 
 def test_dead_values_cost_their_readers_no_more_than_the_ridge() -> None:

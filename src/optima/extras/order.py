@@ -1,39 +1,107 @@
-"""One run from a checkpoint to the same model with its channels in another order: an ordinary checkpoint too.
+"""Write a model with its channels permuted and its value heads rotated: the same function, of which N:M prunes less.
 
-Shapes: O outputs, D inputs, R rows, H heads, W channels of a head, E hidden size.
+Shapes: O outputs, D inputs, R rows, H heads, W channels of a head.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Collection, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.calibration.activations import Activations, capture
+from optima.calibration.batch_size import BatchSize
+from optima.calibration.lm_head import outside_device
+from optima.calibration.store import Store
+from optima.calibration.weights import FisherWeights
 from optima.checkpointing import Destination
-from optima.device import default_torch_settings, evaluating, memory_explained
+from optima.core.products import all_finite
+from optima.core.shifted import saliency_unit, scaled_weight
+from optima.device import default_torch_settings, evaluating, full_precision, memory_explained
 from optima.distributed import joined
-from optima.errors import ModelError, RecipeError
-from optima.extras.channels import KINDS, Kind
-from optima.extras.record import Ordering
-from optima.extras.run import Run
+from optima.errors import ModelError, NumericalError, RecipeError
+from optima.extras.channels import KINDS, TOLERANCE, Channels, Kind, difference, find_channels, move
+from optima.extras.permute import best_order, lost
+from optima.extras.rotate import Part, best_turn, part_of
 from optima.inputs import add_generated, load_calibration, make_store
 from optima.models.auxiliary import to_save
+from optima.models.blocks import Block, Stack
+from optima.models.fingerprint import hash_tensors
+from optima.models.inputs import Batch, forward
+from optima.models.inspect import head_of
 from optima.models.load import load_tokenizer
+from optima.models.offload import Weights
 from optima.models.ordered import ORDERING_NAME, SCHEMA_VERSION, mark_ordered
 from optima.models.save import open_writer, prepare
+from optima.names import kind
 from optima.patterns import NM
-from optima.plan import known_orders, load_weights, plan_run
+from optima.plan import Plan, chosen_stacks, known_orders, load_weights, plan_run
+from optima.prune import collect_hessians, find_fisher_weights
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callbacks, Progress, make_progress
+from optima.state import RunState
 from optima.stopping import interruptible
 
 REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients"
+MOST_ZEROS = 0.1  # of a linear that is not pruned
+# Most that the model's outputs may change, relative to them: in units of the rounding of its dtype, and of float32 in
+# many blocks.
+ROUNDINGS, DEEP = 8, 1e-3
+CHECKED_TOKENS = 128
+LEAST_LOG_PROBABILITY = -50.0  # models that rule tokens out give them the least number there is
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """Channels that were permuted or rotated.
+
+    Attributes:
+        kind, name: see ``optima.extras.channels.Channels``.
+        lost: the saliency of their reader that the pattern prunes, relative to before; of heads the mean of that and
+            the same of the linear that writes the values.
+        order: for each place the number of its channel in the dense model; None of heads.
+        turn: of heads the SHA-256 of the rotations, which follow from the weights of both models.
+    """
+
+    kind: Kind
+    name: str
+    lost: float
+    order: list[int] | None = None
+    turn: str | None = None
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """The content of ``ordering.json``.
+
+    Attributes:
+        model: its id, path or class.
+        recipe: as resolved.
+        channels: those that were permuted or rotated.
+        notes: which were not, and why.
+        seconds: of the whole run.
+    """
+
+    model: str
+    recipe: dict[str, Any]
+    channels: tuple[Ordered, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def summary(self) -> list[tuple[Kind, int, float]]:
+        """Each kind, the number of its members, and their mean ``lost``."""
+        own = {kind: [each.lost for each in self.channels if each.kind == kind] for kind in KINDS}
+        return [(kind, len(lost), sum(lost) / len(lost)) for kind, lost in own.items() if lost]
 
 
 def order(
@@ -49,12 +117,10 @@ def order(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Ordering:
-    """Write a model with its channels where patterns n:m lose less: the same function, to be pruned afterwards.
+    """Permute the channels of MLPs and rotate value heads so that N:M patterns prune less; the function stays the same.
 
-    Weights of the linears with a pattern n:m count by what the loss feels of their removal, as far as a diagonal tells
-    (``optima.core.shifted.saliency_unit``), on inputs of the dense model. The values of heads are turned by
-    orthogonal matrices, other channels change places. Every block is tried at random first, and the model as a whole
-    in the end.
+    The saliency of a weight is a diagonal estimate of the loss of its removal (``optima.core.shifted.saliency_unit``)
+    on inputs of the dense model. Every block is tested with random orders first, and the whole model at the end.
 
     Args:
         model: a hub id, a local directory, a GGUF file, all of which is read into memory; or a model in memory, which
@@ -65,16 +131,17 @@ def order(
         calibration: instead of the recipe's dataset: documents, or token ids of shape (samples, length).
         device: auto, cpu, cuda or cuda:N.
         trust_remote_code: run code that comes with the checkpoint.
-        channels: the kinds to order or turn: those inside an MLP (permuted) and of value heads (rotated).
+        channels: mlp (permuted), heads (rotated), or both.
         overwrite: replace an earlier output.
-        progress: tell of each block.
+        progress: print a line per block.
 
     Raises:
-        OptimaError: for anything that cannot be done, or if there is nothing to write in another order. Nothing is left
-            half-written. A model in memory may compute something else then: load it anew.
+        OptimaError: for bad input, or if no channels of the model can be moved. Nothing is left half-written. A model
+            in memory may compute something else then: load it anew.
     """
     started = time.perf_counter()
-    _check_channels(channels)
+    if isinstance(channels, str) or not channels or set(channels) - set(KINDS):
+        raise RecipeError(f"channels must be a list of {' and '.join(KINDS)}, got {channels!r}")
     with ExitStack() as stack:
         ranks = stack.enter_context(joined())
         if ranks.size > 1:
@@ -83,51 +150,207 @@ def order(
         if isinstance(recipe, Recipe):
             recipe = recipe.replace(tuning_epochs=0)
         plan = plan_run(model, recipe, output_dir, calibration, ranks, device, trust_remote_code)
-        if known_orders(plan.source, plan.model) is not None:
-            raise ModelError(f"the channels of {plan.name} are in order already: order the model as it came")
-        if not any(isinstance(pattern, NM) for pattern in plan.patterns.values()):
-            raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
+        _check_plan(plan)
         stack.enter_context(memory_explained(plan.device, REMEDY))
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
             opened = Destination.open(output_dir, overwrite, plan.inputs, plan.output_bytes)
             destination = stack.enter_context(opened)
-        reader = load_tokenizer(plan.source) if plan.source is not None and tokenizer is None else tokenizer
+        own_tokenizer = load_tokenizer(plan.source) if plan.source is not None and tokenizer is None else tokenizer
         shown = stack.enter_context(Callbacks([make_progress() if progress else Progress()]))
-        text = load_calibration(plan.recipe, reader, plan.calibration)
+        text = load_calibration(plan.recipe, own_tokenizer, plan.calibration)
         text.check(plan.model)
-        network, weights = load_weights(plan, "its channels change places")
+        network, weights = load_weights(plan, "its channels are permuted")
         if destination is not None:
-            saved = to_save(plan.source, tokenizer, reader)
-            prepare(network, saved, plan.source, destination.directory)
-        recipe = plan.recipe
-        text = add_generated(text, network, reader, recipe, plan.device, ranks, shown)
-        store = make_store(destination, ranks)
-        run = Run(plan, network, weights, shown, frozenset(channels), store)
+            prepare(network, to_save(plan.source, tokenizer, own_tokenizer), plan.source, destination.directory)
+        text = add_generated(text, network, own_tokenizer, plan.recipe, plan.device, ranks, shown)
+        search = _Search(plan, network, weights, shown, frozenset(channels), make_store(destination, ranks))
         with evaluating(network):
             try:
-                run.order(text.batches(plan.batch_size))
+                search.run(text.batches(plan.batch_size))
             finally:
-                if run.done:
-                    mark_ordered(network, [asdict(each) for each in run.done])
+                if search.done:
+                    mark_ordered(network, [asdict(each) for each in search.done])
+        notes = tuple(dict.fromkeys((*weights.notes, *text.notes, *search.notes)))
         seconds = time.perf_counter() - started
-        notes = (*weights.notes, *text.notes, *run.notes)
-        found = Ordering(plan.name, recipe.to_dict(), tuple(run.done), notes, seconds)
+        found = Ordering(plan.name, plan.recipe.to_dict(), tuple(search.done), notes, seconds)
         if destination is not None:
-            if not run.done:
-                raise ModelError(f"nothing has another order, so nothing is written: {'; '.join(run.notes)}")
+            if not search.done:
+                raise ModelError(f"nothing has another order, so nothing is written: {'; '.join(search.notes)}")
             content = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(found)})
             writer = open_writer(network, plan.blocks, destination, {}, weights)
             writer.publish(lambda directory: (directory / ORDERING_NAME).write_text(content, encoding="utf-8"))
     return found
 
 
-def _check_channels(channels: Collection[Kind]) -> None:
-    known = ", ".join(KINDS)
-    if isinstance(channels, str):
-        raise RecipeError(f"channels must be a list of kinds, got {channels!r}: for example {KINDS[:1]}")
-    if not channels:
-        raise RecipeError(f"channels is empty, and nothing would be ordered: choose among {known}")
-    if unknown := sorted(set(channels) - set(KINDS)):
-        raise RecipeError(f"there are no channels {unknown[0]!r}: choose among {known}")
+def _check_plan(plan: Plan) -> None:
+    if known_orders(plan.source, plan.model) is not None:
+        raise ModelError(f"the channels of {plan.name} are in order already: order the model as it came")
+    if not any(isinstance(pattern, NM) for pattern in plan.patterns.values()):
+        raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
+
+
+@dataclass
+class _Search:
+    """Permutes and rotates the channels of a model in memory, block by block."""
+
+    plan: Plan
+    network: PreTrainedModel
+    weights: Weights
+    progress: Callbacks
+    kinds: frozenset[Kind]
+    store: Store
+    done: list[Ordered] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, batches: Sequence[Batch]) -> None:
+        """All stacks, and a check that the model still computes the same."""
+        self.generator = torch.Generator().manual_seed(self.plan.recipe.seed)
+        self.patterns = {name: each for name, each in self.plan.patterns.items() if isinstance(each, NM)}
+        self.left = set(self.patterns)  # linears whose inputs are in the dense model's order
+        stacks = [stack for stack in chosen_stacks(self.network, self.plan.recipe) if stack.needed]
+        for block in (block for stack in stacks for block in stack.blocks):
+            _check_dense(block)
+        self.place = outside_device(self.network, self.plan.device, batches)
+        before = self._outputs(batches[0])
+        name = type(self.network).__name__
+        if not all_finite(before):
+            raise NumericalError(f"{name} computes NaN or Inf on the calibration text: repair the checkpoint")
+        for stack in stacks:
+            self._order_stack(stack, batches)
+            change = float((self._outputs(batches[0]) - before).norm() / before.norm())
+            if not change <= max(ROUNDINGS * torch.finfo(self.network.dtype).eps, DEEP):
+                raise ModelError(
+                    f"with its channels in another order {name} computes something else: leave some as they are, for "
+                    "example by --channels mlp"
+                )
+        if left := Counter(kind(name) for name in sorted(self.left)):
+            names = ", ".join(f"{name} ({count})" for name, count in left.items())
+            self.notes.append(f"the inputs of these linears are where they were: {names}")
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the beginning of one sequence, or what a model without LM head returns first."""
+        with self.weights.outside(self.place), full_precision():
+            some = batch[:1, :CHECKED_TOKENS] if isinstance(batch, Tensor) else batch
+            found: Tensor = forward(self.network, some)[0].float()
+        return found if head_of(self.network) is None else found.log_softmax(dim=-1).clamp_min(LEAST_LOG_PROBABILITY)
+
+    def _order_stack(self, stack: Stack, batches: Sequence[Batch]) -> None:
+        plan = self.plan
+        with self.weights.outside(self.place):
+            acts = capture(
+                self.network, stack, batches, whole=True, store=self.store, batch_size=BatchSize(plan.device)
+            )
+        methods = replace(plan.methods, needs=frozenset())  # saliencies need nothing that selectors ask for
+        run = RunState(plan.recipe, methods, plan.device, weights=self.weights, progress=self.progress)
+        uses_loss = plan.recipe.objective == "loss"
+        fisher = find_fisher_weights(self.network, stack, acts, run)[0] if uses_loss else None
+        self.progress.stage("permute", len(stack.blocks))
+        for block in stack.blocks:
+            with self.weights.on(block, plan.device, run.clock):
+                found = self._movable(block, acts)
+                saliencies, parts = self._measured(block, found, acts, fisher, run)
+                for each in found:
+                    if each.kind == "heads" and each.name in parts:
+                        self._rotate(each, parts[each.name])
+                    elif each.kind == "mlp" and each.name in saliencies:
+                        self._permute(each, saliencies[each.name])
+                    else:
+                        self.notes.append(f"{each.name}: no calibration token reached it: its channels stay")
+            self.progress.block(block.name)
+        self.notes += run.notes
+
+    def _measured(
+        self, block: Block, found: Sequence[Channels], acts: Activations, fisher: FisherWeights | None, run: RunState
+    ) -> tuple[dict[str, Tensor], dict[str, list[Part]]]:
+        """The saliencies of readers, (O, D), and the parts of value heads, by channels; ``acts`` become outputs."""
+        by_linear = {linear.name: each for each in found for linear in each.linears if linear.name in self.patterns}
+        saliencies: dict[str, Tensor] = {}
+        parts: defaultdict[str, list[Part]] = defaultdict(list)
+        for group in collect_hessians(block, acts, fisher, run, run.clock, onward=True):
+            if (statistics := group.statistics) is None:
+                continue
+            for linear in (linear for linear in group.linears if linear.name in by_linear):
+                name, channels, hessian = linear.name, by_linear[linear.name], statistics.hessian
+                weight_OD = linear.read().to(self.plan.device, torch.float32)
+                row_O = None if fisher is None else fisher.rows.get(name)
+                if channels.kind == "heads":
+                    part = part_of(channels, name, weight_OD, hessian, row_O, self.patterns[name])
+                    parts[channels.name].append(part)
+                elif name == channels.reader.linear.name:
+                    saliency_OD = scaled_weight(weight_OD, hessian, saliency_unit(hessian)).square()
+                    saliencies[channels.name] = (
+                        saliency_OD if row_O is None else saliency_OD * row_O[:, None].to(saliency_OD)
+                    )
+        return saliencies, parts
+
+    def _movable(self, block: Block, acts: Activations) -> list[Channels]:
+        """Channels that matter to an N:M pattern, in the layout in which the block computes the same when they move."""
+        candidates: defaultdict[tuple[Kind, str], list[list[Channels]]] = defaultdict(list)
+        taken: set[str] = set()
+        num_heads = getattr(self.network.config.get_text_config(), "num_attention_heads", None)
+        for layouts in find_channels(block, num_heads if isinstance(num_heads, int) else None):
+            first = layouts[0]
+            deciding = first.linears if first.kind == "heads" else [first.reader.linear]
+            reader = first.reader.linear.name
+            if first.kind in self.kinds and reader not in taken and self.patterns.keys() & {e.name for e in deciding}:
+                taken.add(reader)
+                if reason := self._why_not(first, block, acts):
+                    self.notes.append(f"{first.name}: its {first.kind} channels stay where they are: {reason}")
+                else:
+                    candidates[first.kind, kind(first.name)].append(layouts)  # experts are tested together
+        found: list[Channels] = []
+        for own in candidates.values():
+            layouts_of_all = [list(each) for each in zip(*own, strict=False)]
+            errors = [difference(block, each, acts) for each in layouts_of_all]
+            if min(errors) <= TOLERANCE:
+                found += layouts_of_all[errors.index(min(errors))]
+            else:
+                first, reason = own[0][0], "the block does not compute the same with them elsewhere"
+                self.notes.append(f"{first.name}: its {first.kind} channels stay where they are: {reason}")
+        return found
+
+    def _why_not(self, channels: Channels, block: Block, acts: Activations) -> str:
+        pattern = self.patterns.get(channels.reader.linear.name)
+        if {f"{each.name}.weight".removeprefix(f"{block.name}.") for each in channels.linears} & block.common:
+            return "other blocks share weights of theirs"
+        if channels.kind == "heads" and acts.probe.shared_states:
+            return "other blocks may read these values"
+        if pattern is not None and channels.width % pattern.m:
+            return f"{channels.width} of them make no groups of {pattern}"
+        return ""
+
+    def _permute(self, channels: Channels, saliency_OD: Tensor) -> None:
+        pattern = self.patterns[channels.reader.linear.name]
+        order_D = best_order(saliency_OD, pattern, self.generator)
+        before, after = lost(saliency_OD, pattern), lost(saliency_OD[:, order_D.to(saliency_OD.device)], pattern)
+        move(channels, order_D[None])
+        self._moved(channels, after / before if before else 1.0, order=order_D.tolist())
+
+    def _rotate(self, channels: Channels, parts: Sequence[Part]) -> None:
+        begin_HWW = torch.randn(channels.heads, channels.width, channels.width, generator=self.generator)
+        turn_HWW, share = best_turn(parts, begin_HWW.to(self.plan.device))
+        move(channels, turn_HWW)
+        self._moved(channels, share, turn=hash_tensors([("turn", turn_HWW)]))
+
+    def _moved(self, channels: Channels, share: float, **how: Any) -> None:
+        self.done.append(Ordered(channels.kind, channels.name, share, **how))
+        self.left.discard(channels.reader.linear.name)
+
+
+def _check_dense(block: Block) -> None:
+    """Raise ``ModelError`` if a linear was pruned: a rotation would fill its zeros."""
+    for linear in block.linears:
+        weight_OD = linear.read()
+        zeros = 1.0 - int(weight_OD.count_nonzero()) / max(weight_OD.numel(), 1)
+        if MOST_ZEROS < zeros < 1.0:
+            raise ModelError(
+                f"{zeros:.0%} of {linear.name} are zeros: this model was pruned, and its zeros would be lost. Order "
+                "the dense model, then prune"
+            )
+
+
+# Importing the module ``optima.prune`` binds its name in the package, where users expect the function.
+vars(sys.modules["optima"]).pop("prune", None)

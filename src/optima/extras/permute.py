@@ -1,9 +1,9 @@
-"""In which order channels lose least to n:m, which keeps n of every m that stand together in a row.
+"""The order of channels in which N:M, which keeps n of every m consecutive channels of a row, loses least.
 
-Weights of which all matter had better not stand together. Channels are dealt out to groups by what they are worth.
-Then, again and again, each group gives up one of its channels, and these are assigned anew at the least total loss.
-That such a step is an assignment problem is from gyro-permutation (Yu et al., arXiv 2407.20496); exchanges of two
-channels for N:M are older (Pool & Yu, NeurIPS 2021).
+Weights that all matter should not be in one group. Channels are dealt to groups by their total saliency. Then, again
+and again, each group gives up one of its channels, and these are assigned anew at the least total loss. That such a
+step is an assignment problem is from gyro-permutation (Yu et al., arXiv 2407.20496); exchanges of two channels for N:M
+are older (Pool & Yu, NeurIPS 2021).
 
 Shapes: R rows, C channels, G groups of M channels, P of them.
 """
@@ -16,33 +16,33 @@ from torch import Tensor
 
 from optima.patterns import NM
 
-# How often each place of a group has its turn. Four times as often loses half a percent less.
+# Rounds over all places of a group. Four times as many lose half a percent less.
 ROUNDS = 10
-# Groups that exchange channels in one assignment, which takes their third power of time; of more, any so many do.
+# Groups that exchange channels in one assignment, whose time grows with their third power.
 TOGETHER = 256
 # Entries (rows x groups x groups) that are made at once: they stay in a cache.
 ENTRIES = 2**20
 
 
 def lost(saliency_RC: Tensor, pattern: NM) -> float:
-    """What ``pattern`` prunes: in each row the m - n smallest of every m, summed."""
+    """The saliency that ``pattern`` prunes: in each row the m - n smallest of every m, summed."""
     group_RGM = saliency_RC.unflatten(1, (-1, pattern.m))
     return float(group_RGM.sort(dim=-1).values[..., : pattern.m - pattern.n].sum(dtype=torch.float64))
 
 
 def best_order(saliency_RC: Tensor, pattern: NM, generator: torch.Generator) -> Tensor:
-    """The order that loses least of those that were tried, (C,) on the CPU; that of ``saliency_RC`` is one of them.
+    """The best order found, (C,) on the CPU; the present one if none is better.
 
     Args:
         saliency_RC: float32, of weights or sums of some, C a multiple of m.
-        pattern: to be pruned by.
-        generator: chooses places; on the CPU.
+        pattern: n:m.
+        generator: on the CPU.
     """
     count = saliency_RC.shape[1]
     # The first of C / m channels go one to each group, then the next.
     channel_GM = saliency_RC.sum(dim=0).argsort(descending=True, stable=True).cpu().reshape(pattern.m, -1).mT
     for _ in range(ROUNDS * pattern.m):
-        # Its turn comes to another place in every group, which then is the first.
+        # Another place of every group comes first, and is given up.
         shift_G1 = torch.randint(0, pattern.m, (len(channel_GM), 1), generator=generator)
         channel_GM = channel_GM.gather(1, (shift_G1 + torch.arange(pattern.m)) % pattern.m)
         for some_P in torch.randperm(len(channel_GM), generator=generator).chunk(-(-len(channel_GM) // TOGETHER)):
@@ -55,7 +55,7 @@ def best_order(saliency_RC: Tensor, pattern: NM, generator: torch.Generator) -> 
 
 
 def _costs(saliency_RC: Tensor, channel_GM: Tensor, pattern: NM) -> Tensor:
-    """What each group would lose with the first channel of each, (G groups, G channels), on the CPU.
+    """The loss of each group with the first channel of each, (G groups, G channels), on the CPU.
 
     With a channel x and others in ascending order s, the k smallest sum to s_1 + .. + s_(k-1) + min(x, s_k).
     """

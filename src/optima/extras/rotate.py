@@ -1,13 +1,13 @@
-"""By which orthogonal matrices the values of an attention are turned, so that what n:m prunes matters least.
+"""Rotations of value heads after which N:M prunes less saliency.
 
-What an attention makes of its values is linear. So the values of a head may be turned by any orthogonal matrix, if what
-reads them is turned back. Such matrices are found by gradients: Adam on a skew-symmetric matrix, of which they are the
-Cayley transform. They lower the saliency that is pruned of the linear that writes the values, and of the one that reads
-them. That rotations merged into a checkpoint help pruning is from DenoiseRotator (Gu et al., arXiv 2505.23049), which
-concentrates the scores of weights by their entropy.
+Attention is linear in its values, so the values of a head may be rotated by any orthogonal matrix if the output
+projection is rotated back. Adam searches over skew-symmetric matrices, of which the rotation is the Cayley transform,
+for the least pruned saliency of the linear that writes the values and of the one that reads them. That rotations merged
+into a checkpoint help pruning is from DenoiseRotator (Gu et al., arXiv 2505.23049), which concentrates the scores of
+weights by their entropy.
 
-Shapes: H heads of values, W channels of a head, C queries that share a head, D inputs of what writes the values, O
-outputs of what reads them.
+Shapes: H heads of values, W channels of a head, C queries that share a head, D inputs of the writer, O outputs of the
+reader.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from torch import Tensor
 
 from optima.core.hessian import SMALLEST_DAMPING, Hessian
 from optima.core.shifted import scaled_weight
-from optima.extras.channels import Channels, Starts
+from optima.extras.channels import Channels, Site
 from optima.patterns import NM
 
 # Of Adam; the rate falls to zero, and is divided by the root of W, or by 10 if that is more.
 STEPS, RATE = 200, 0.3
-# How far from the identity the search begins.
-BEGIN = 0.01
+BEGIN = 0.01  # distance of the first rotation from the identity
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,20 @@ class Writer:
     pattern: NM
 
     def saliency(self, turn_HWW: Tensor) -> Tensor:
-        """Of each weight behind a turn, (H, W, D)."""
+        """Of each weight after a rotation, (H, W, D)."""
         return (turn_HWW @ self.value_HWD).square()
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The weights that read the values, and Cholesky factors of the inverse hessian between the inputs of a head."""
+    """The weights that read the values, and Cholesky factors of the inverse Hessian between the inputs of a head."""
 
     out_HCOW: Tensor
     root_HCWW: Tensor
     pattern: NM
 
     def saliency(self, turn_HWW: Tensor) -> Tensor:
-        """Of each weight behind a turn, (H, C, O, W)."""
+        """Of each weight after a rotation, (H, C, O, W)."""
         left_HCW = (turn_HWW[:, None] @ self.root_HCWW).square().sum(dim=-1)
         return (self.out_HCOW @ turn_HWW.mT[:, None]).square() / left_HCW[:, :, None]
 
@@ -61,44 +60,43 @@ Part = Writer | Reader
 def part_of(
     channels: Channels, name: str, weight_OD: Tensor, hessian: Hessian, row_O: Tensor | None, pattern: NM
 ) -> Part:
-    """What the linear ``name`` is to ``channels`` of heads: their writer or their reader.
+    """The writer or the reader of ``channels``.
 
     Args:
         channels: of heads.
         name: of the linear.
         weight_OD: its weight, float32, on the device of ``hessian``.
         hessian: of its inputs.
-        row_O: what the loss feels of each output; None: of all the same. Turned values are mixtures of those of a
-            head, which therefore share what it feels of them.
-        pattern: that prunes it.
+        row_O: weights of its outputs, or None. Rotated values are mixtures of those of a head, which share the mean.
+        pattern: of the linear.
     """
-    if name in channels.readers:
-        index_HCW = _index(channels.read, channels.width, weight_OD.device)
+    if name == channels.reader.linear.name:
+        index_HCW = _index(channels.reader, channels.width, weight_OD.device)
         out_OD = weight_OD * (1.0 if row_O is None else row_O.to(weight_OD).sqrt()[:, None])
         left_HCWW = hessian.inverse_DD[index_HCW[..., :, None], index_HCW[..., None, :]]
-        # Dead ones, which a turn mixes with others, have no more than the ridge.
+        # Dead inputs, which a rotation mixes with others, have no more than the ridge.
         ridge = max(hessian.damping, SMALLEST_DAMPING) * hessian.mean_diagonal
         left_HCWW.diagonal(dim1=-2, dim2=-1)[hessian.dead_D[index_HCW]] = 1.0 / ridge
         return Reader(out_OD[:, index_HCW].permute(1, 2, 0, 3), torch.linalg.cholesky(left_HCWW).float(), pattern)
-    index_HW = _index(channels.places[0].starts, channels.width, weight_OD.device)[:, 0]
+    index_HW = _index(channels.writers[0], channels.width, weight_OD.device)[:, 0]
     value_HWD = scaled_weight(weight_OD, hessian, hessian.inverse_diagonal_D.rsqrt())[index_HW]
     if row_O is not None:
         value_HWD = value_HWD * row_O.to(value_HWD)[index_HW].mean(dim=1).sqrt()[:, None, None]
     return Writer(value_HWD, pattern)
 
 
-def _index(starts: Starts, width: int, device: torch.device) -> Tensor:
-    """The channels of each head in each place where they are counted, (H, C, W)."""
-    return torch.tensor(starts, device=device)[..., None] + torch.arange(width, device=device)
+def _index(site: Site, width: int, device: torch.device) -> Tensor:
+    """The channels of each head in each place where they occur, (H, C, W)."""
+    return torch.tensor(site.starts, device=device)[..., None] + torch.arange(width, device=device)
 
 
 @torch.enable_grad()
 def best_turn(parts: Sequence[Part], begin_HWW: Tensor) -> tuple[Tensor, float]:
-    """By which to turn the values, (H, W, W), and the saliency that is pruned then, relative to before.
+    """The best rotations found, (H, W, W), and the saliency that is pruned then, relative to before.
 
     Args:
         parts: at least one; of several the mean of their ratios counts.
-        begin_HWW: any matrices, of which a little is where the search begins.
+        begin_HWW: random matrices, near a small multiple of which the search begins.
 
     Returns:
         the identity, and 1, if nothing better was found.
@@ -133,7 +131,7 @@ def _orthogonal(skew_HWW: Tensor) -> Tensor:
 
 
 def _pruned(part: Part, turn_HWW: Tensor) -> Tensor:
-    """The saliency that its pattern prunes of a part behind a turn."""
+    """The saliency that its pattern prunes after a rotation."""
     group = part.saliency(turn_HWW).unflatten(-1, (-1, part.pattern.m))
     threshold = _kth_lowest(group.detach(), part.pattern.m - part.pattern.n)
     pruned: Tensor = torch.where(group <= threshold, group, 0.0)
