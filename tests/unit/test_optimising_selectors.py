@@ -207,41 +207,17 @@ def test_optima_with_coupled_rows() -> None:
 
 
 @pytest.mark.parametrize("dead", [(), DEAD], ids=["live", "dead"])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_admm(pattern: Pattern, dead: tuple[int, ...]) -> None:
-    weight_OD, inputs_TD = make_layer(dead=dead)
-    selection = ADMM().select(layer_of(weight_OD, inputs_TD), pattern)
-    keep_OD, expected_OD = plain_admm(weight_OD, inputs_TD, pattern)
-    assert torch.equal(selection.keep_OD, keep_OD)
-    torch.testing.assert_close(selection.weight_OD, expected_OD, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("dead", [(), DEAD], ids=["live", "dead"])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_alps(pattern: Pattern, dead: tuple[int, ...]) -> None:
-    weight_OD, inputs_TD = make_layer(dead=dead)
-    selection = ALPS().select(layer_of(weight_OD, inputs_TD), pattern)
-    keep_OD, expected_OD = plain_alps(weight_OD, inputs_TD, pattern)
-    assert torch.equal(selection.keep_OD, keep_OD)
-    torch.testing.assert_close(selection.weight_OD, expected_OD, rtol=1e-7, atol=1e-7)
-
-
-@pytest.mark.parametrize("rows", [4, 80])
-def test_alps_forms_the_inverse_or_not(rows: int) -> None:
-    """One row in sixteen inputs, or more rows than inputs: two ways to multiply by the shifted inverse."""
-    weight_OD, inputs_TD = make_layer(rows, 64)
-    selection = ALPS().select(layer_of(weight_OD, inputs_TD), NM(2, 4))
-    assert torch.equal(selection.keep_OD, plain_alps(weight_OD, inputs_TD, NM(2, 4))[0])
-
-
-@pytest.mark.parametrize("dead", [(), DEAD], ids=["live", "dead"])
 @pytest.mark.parametrize("rows", [12, 20])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_optima(pattern: Pattern, rows: int, dead: tuple[int, ...]) -> None:
+def test_against_the_papers(pattern: Pattern, rows: int, dead: tuple[int, ...]) -> None:
     """Few rows, and enough to form the shifted inverse."""
     weight_OD, inputs_TD = make_layer(rows, dead=dead)
-    selection = Optima().select(layer_of(weight_OD, inputs_TD), pattern)
-    assert torch.equal(selection.keep_OD, plain_optima(weight_OD, inputs_TD, pattern))
+    task = layer_of(weight_OD, inputs_TD)
+    assert torch.equal(Optima().select(task, pattern).keep_OD, plain_optima(weight_OD, inputs_TD, pattern))
+    for selector, plain in ((ADMM(), plain_admm), (ALPS(), plain_alps)):
+        found, (keep_OD, expected_OD) = selector.select(task, pattern), plain(weight_OD, inputs_TD, pattern)
+        assert torch.equal(found.keep_OD, keep_OD)
+        torch.testing.assert_close(found.weight_OD, expected_OD, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize(("noise", "damping"), [(1e-2, 1e-2), (1e-2, 1e-4), (1e-3, 1e-6), (1e-4, 0.0)], ids=str)
@@ -298,18 +274,6 @@ def test_thanos(pattern: Pattern, blocksize: int) -> None:
     assert torch.equal(selection.keep_OD, keep_OD)
     torch.testing.assert_close(selection.weight_OD, expected_OD, rtol=1e-9, atol=1e-9)
     assert torch.equal(weight_OD, before), "the dense weight is the caller's"
-
-
-def test_thanos_solves_rows_alike_however_many_there_are() -> None:
-    """More than are solved together; each row prunes half of its weights, whatever the others do."""
-    weight_OD, inputs_TD = make_layer(outputs=2000)
-    whole, few = (
-        Thanos().select(layer_of(rows_OD, hessian_of(inputs_TD)), Unstructured(0.5, "row"))
-        for rows_OD in (weight_OD, weight_OD[990:1010])
-    )
-    assert torch.equal(whole.keep_OD[990:1010], few.keep_OD)
-    assert whole.weight_OD is not None
-    torch.testing.assert_close(whole.weight_OD[990:1010], few.weight_OD, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("selector", [ADMM(), ALPS(), Optima()], ids=lambda selector: type(selector).__name__)

@@ -16,7 +16,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from optima import Recipe, prune
 from optima.calibration.activations import Activations, Microbatch, capture
-from optima.device import GRADIENT
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.blocks import Block
@@ -78,14 +77,17 @@ def test_tuning_starts_from_the_solution_before_it_was_rounded() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_comes_closer_to_the_dense_block(make: object, dtype: torch.dtype) -> None:
     model = make().eval().to(dtype)  # type: ignore[operator]
+    if make is make_llama:  # a norm of another block too, whose dense outputs would change
+        model.model.layers[1].input_layernorm = model.model.layers[0].input_layernorm
     dense = copy.deepcopy(model)
     found = tuned(model, 2e-3)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert found.best > 0
     assert found.held_out[found.best] == min(found.held_out) < 0.95 * found.held_out[0]
     assert all(parameter.dtype == dtype for parameter in model.parameters())
     moved = [name for name, parameter in model.named_parameters() if not parameter.equal(dense.get_parameter(name))]
     assert any("norm" in name or "ln_" in name for name in moved)  # vectors are tuned too
-    assert not any("embed" in name or "wte" in name for name in moved)
+    assert not any("embed" in name or "wte" in name or "input_layernorm" in name for name in moved)
 
 
 def test_what_does_not_help_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,13 +199,6 @@ def test_what_is_left_dense_keeps_its_biases() -> None:
     assert not [name for name in moved if "router" in name]
 
 
-def test_it_leaves_no_gradients() -> None:
-    model = make_llama()
-    recipe = Recipe(tuning_epochs=1, ignore=["lm_head", "down_proj"])
-    prune(model, recipe, calibration=make_tokens(16, 16))
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-
-
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_large_hidden_states_do_not_stop_it(size: float) -> None:
     """The cost is relative to the energy of the outputs: its gradient falls as their size, and a float16 loses it."""
@@ -276,18 +271,6 @@ def test_the_seed_orders_the_microbatches() -> None:
     assert found[0] == found[1] != found[2]
 
 
-def test_its_gradients_are_scaled_to_one_size() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for size, tokens in ((1e-3, 16), (1.0, 512), (1e3, 2048)):
-        targets = size * torch.randn(1, tokens, 24, generator=generator)
-        found = (targets + 0.1 * size * torch.randn(1, tokens, 24, generator=generator)).requires_grad_(True)
-        cost = BlockError.by_channel([targets])
-        error = cost(found, targets)
-        (error * cost.gradient_scale(error.item(), tokens)).backward()
-        assert found.grad is not None
-        assert 0.25 < float(found.grad.square().mean().sqrt()) / GRADIENT < 4.0
-
-
 def test_the_report_says_what_is_no_longer_certified() -> None:
     report = prune(
         make_llama(),
@@ -327,15 +310,3 @@ def test_the_rate_is_relative_to_a_tensors_size() -> None:
         scaled.model.layers[0].mlp.up_proj.weight *= 16
         scaled.model.layers[0].mlp.down_proj.weight /= 16
     assert tuned(scaled, 2e-3).held_out == pytest.approx(tuned(plain, 2e-3).held_out, rel=1e-2)
-
-
-def test_a_norm_of_another_block_stays() -> None:
-    """Its dense outputs, towards which that block is tuned, would change."""
-    model = make_llama().eval()
-    first, second = model.model.layers
-    second.input_layernorm = first.input_layernorm
-    before = first.input_layernorm.weight.clone()
-    own = first.post_attention_layernorm.weight.clone()
-    assert tuned(model, 2e-3).best > 0
-    assert first.input_layernorm.weight.equal(before)
-    assert not first.post_attention_layernorm.weight.equal(own)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from optima.core.products import SharedFactor, all_finite, fixed_directions, multiply, pack, scaled
+from optima.core.products import SharedFactor, all_finite, fixed_directions, mirror, multiply, pack, scaled
 from optima.errors import NumericalError, RecipeError
 
 # Damping tried after plain Cholesky fails with none at all; relative to the mean of the diagonal.
@@ -34,9 +34,6 @@ DIRECTIONS, APPLICATIONS, MARGIN = 8, 3, 10.0
 BLOCK_ENTRIES = 2**22
 # Columns of the inverse of L that are in memory at once while only the diagonal of K is wanted.
 COLUMNS, COLUMNS_ELSEWHERE = 256, 2048
-# Side of the tiles in which the triangles are averaged: on a CPU two of them stay in the cache while one is transposed,
-# elsewhere every tile is a few calls.
-TILE, TILE_ELSEWHERE = 128, 4096
 # Float32 iterations lose no digit that restarts cannot restore below this condition.
 FLOAT32_CONDITION = 1e8
 
@@ -186,7 +183,7 @@ class Hessian:
 
     def _with_diagonal(self, diagonal_D: Tensor) -> Tensor:
         matrix_DD = self._matrix_DD.to(torch.float64, copy=True)
-        _symmetrise(matrix_DD)
+        mirror(matrix_DD)  # a Cholesky reads one triangle, products read both
         matrix_DD.diagonal().copy_(diagonal_D)
         return matrix_DD
 
@@ -207,7 +204,7 @@ class Hessian:
 
     @cached_property
     def inverse_DD(self) -> Tensor:
-        """K = (damped H)^-1 in float64: the preconditioner, and the matrix OBS-type selectors work with."""
+        """K = (damped H)^-1, float64."""
         return torch.cholesky_inverse(self.factor_DD)
 
     @cached_property
@@ -306,15 +303,3 @@ def _condition(damped_DD: Tensor, factor_DD: Tensor) -> float:
         logarithm_K += norm_K.log()
     largest = float((logarithm_K / APPLICATIONS).exp().max())
     return len(factor_DD) * MARGIN * largest if math.isfinite(largest) else math.inf
-
-
-def _symmetrise(matrix_DD: Tensor) -> None:
-    """Average the triangles in place, tile by tile: a Cholesky reads one of them, products read both."""
-    size, tile = len(matrix_DD), TILE if matrix_DD.is_cpu else TILE_ELSEWHERE
-    for row in range(0, size, tile):
-        for column in range(row, size, tile):
-            upper = matrix_DD[row : row + tile, column : column + tile]
-            lower = matrix_DD[column : column + tile, row : row + tile]
-            average = (upper + lower.mT).mul_(0.5)
-            upper.copy_(average)
-            lower.copy_(average.mT)

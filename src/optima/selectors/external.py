@@ -47,11 +47,10 @@ class External:
         Args:
             linears: to prune.
             patterns: those asked for, by name.
-            ignore: regexes that leave others out, for the remedy.
+            ignore: regexes that exclude others, for the remedy.
 
         Raises:
-            RecipeError: if a mask is missing, has another shape, prunes nothing, or breaks its pattern. All that prune
-                nothing are named.
+            RecipeError: if a mask is missing, has another shape, prunes nothing, or breaks its pattern.
         """
         found: dict[str, Pattern] = {}
         idle: list[str] = []
@@ -71,13 +70,10 @@ class External:
             else:
                 found[name] = pattern
         if idle and not found:
-            raise RecipeError(
-                "mask_from prunes nothing of what is to be pruned: name a pruned checkpoint, or its masks"
-            )
+            raise RecipeError("mask_from prunes nothing: name a pruned checkpoint, or its masks")
         if idle:
-            which = f"mask of {idle[0]} prunes" if len(idle) == 1 else f"masks of {len(idle)} linears prune"
             regexes = " ".join(f"'{each}'" for each in (*ignore, *map(re.escape, idle)))
-            raise RecipeError(f"the external {which} nothing: leave out what is dense with --ignore {regexes}")
+            raise RecipeError(f"the masks of {len(idle)} linears prune nothing: exclude them by --ignore {regexes}")
         return found
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:

@@ -7,9 +7,8 @@ last mask and the projection of fit and dual onto the pattern alternate:
 
 Those work in units in which H has a unit diagonal, where P ranks weights as if no other could make up for one,
 by w_i^2 H_ii. With all others making up for it the saliency is w_i^2 / K_ii, K = H^-1 (the optimal brain surgeon's).
-On a sparse mask the truth lies between. Here a unit is the root of H_ii^(1-theta) K_ii^(-theta) with theta = 3/4, and
-rho rises slowly from where the fit is nearly free to where the mask is settled. The masks that come out are at or near
-a one-swap optimum (exchanges of a kept and a pruned weight improve them little), at the cost of products.
+On a sparse mask the truth lies between: here a unit is the root of H_ii^(1-theta) K_ii^(-theta) with theta = 3/4. And
+rho rises slowly, from where the fit is nearly free to where the mask is settled.
 
 With the correlation of rows in the loss (``calibration.correlation``), errors of rows that would add up are not
 chosen together: with C between the rows as H is between the inputs, C (B - W) H + rho (B - W) = rho (D - U - W), in
