@@ -13,11 +13,9 @@ A run that is killed leaves this directory, from which ``--resume`` continues. O
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -30,64 +28,26 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from transformers import PreTrainedModel
-
 from optima.distributed import Ranks
 from optima.errors import ModelError
-from optima.files import ACTIVATIONS, delete, explain_write_errors, sync, usable_path
-from optima.models.fingerprint import hash_tensors
+from optima.files import ACTIVATIONS, delete, explain_write_errors, sync, usable_path, write_whole
 from optima.stopping import uninterrupted
 
 _logger = logging.getLogger("optima")
 
-FORMAT = 3  # of the journal: raised when an earlier one can no longer be resumed
-SUFFIX = ".optima-partial"
+FORMAT = 4  # of the journal: raised when an earlier one can no longer be resumed
 RUN, JOURNAL, MODEL, REPLACED = "run.json", "journal.jsonl", "model", "replaced"
 MANIFEST = ".optima.json"  # in an output: its files, so that no other is ever deleted
-NAME_BYTES = 255  # of one name, on every file system in use
 SHOWN = 60  # letters of a value in a message
 ENVIRONMENT = "environment"  # of a run: versions and device, which may change before it is resumed
 OWN = ("weights", "masks")  # each process may have its own copy of these files
-SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a configuration, no part of identity
-
-
-def identity(
-    recipe: Mapping[str, Any],
-    selector: object,
-    model: PreTrainedModel,
-    weights: Mapping[str, Any] | None,
-    masks: Mapping[str, Any] | None,
-    environment: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What decides the result of a run, as JSON, without the calibration data.
-
-    Args:
-        recipe: its fields as resolved, without the device.
-        selector: an object of the user's own, identified by its class and ``repr``; None for one of the package.
-        model: with its weights in memory if ``weights`` is None.
-        weights: what identifies those that are read: a commit, or names, sizes and times of files.
-        masks: the same of external masks.
-        environment: versions of libraries, and the device. Where they changed, a resumed run notes it and may round
-            differently.
-    """
-    config = {key: value for key, value in model.config.to_dict().items() if key not in SAVED}
-    kind, text = type(selector), re.sub(r" at 0x[0-9a-f]+", "", repr(selector))  # addresses are no settings
-    return {
-        "recipe": dict(recipe),
-        "selector": None if selector is None else f"{kind.__module__}.{kind.__qualname__}: {text}",
-        "class": type(model).__name__,
-        "configuration": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
-        "weights": hash_tensors(model.state_dict().items()) if weights is None else dict(weights),
-        "masks": None if masks is None else dict(masks),
-        ENVIRONMENT: dict(environment),
-    }
 
 
 def check_alike(run: Mapping[str, Any], ranks: Ranks) -> None:
     """Raise ``ModelError`` on all ranks if they are not in the same run."""
-    first, *others = ranks.gather(json.dumps({key: value for key, value in run.items() if key not in OWN}))
+    first, *others = ranks.gather(_plain({key: value for key, value in run.items() if key not in OWN}))
     for rank, other in enumerate(others, 1):
-        for key, theirs, own in differences(json.loads(first), json.loads(other)):
+        for key, theirs, own in differences(first, other):
             raise ModelError(
                 f"process {rank} has another {key} than process 0 ({_shown(own)}, and {_shown(theirs)}): start all "
                 "processes with the same model, options, versions and kind of device"
@@ -108,15 +68,19 @@ def _shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(value))
+    return plain
+
+
 class Journal:
     """One JSON object per line, each on the disk when ``append`` returns.
 
-    {"journal": 3, "run": {...}, "command": ...}                      the first line
+    {"journal": 4, "run": {...}, "command": ...}                      the first line
     {"block": name, "file": {"name": ..., "sha256": ...}, ...}        a committed block, see ``optima.models.save``
     {"note": text}                                                    for the report
 
-    Every line also has a hash of itself and all lines before it: one that is torn, edited, missing or out of order
-    ends what counts.
+    A line that is no JSON ends what counts; the last one may have been torn by a kill.
 
     Attributes:
         lines: those that count.
@@ -128,21 +92,13 @@ class Journal:
         self.file, self.resumed = file, False
         self.lines: list[dict[str, Any]] = []
         self.problem: str | None = None
-        self._marks = [(0, "")]  # where each line ends, and its hash
-        *whole, torn = (file.read_bytes() if file.exists() else b"").split(b"\n")
-        self._count = len(whole)
-        if torn:
-            self.problem = f"the last line of {file} was torn"
+        *whole, _ = (file.read_bytes() if file.exists() else b"").split(b"\n")
         for text in whole:
-            end, chain = self._marks[-1]
-            line: Any = None
-            with suppress(ValueError, RecursionError):
-                line = json.loads(text)
-            if not isinstance(line, dict) or line.pop("chain", None) != _link(chain, line):
+            try:
+                self.lines.append(json.loads(text))
+            except ValueError:
                 self.problem = f"line {len(self.lines) + 1} of {file} is damaged"
                 break
-            self.lines.append(line)
-            self._marks.append((end + len(text) + 1, _link(chain, line)))
 
     @property
     def head(self) -> dict[str, Any]:
@@ -156,8 +112,8 @@ class Journal:
 
     @property
     def holds_work(self) -> bool:
-        """Whether a block was committed, or a line after the first is damaged, which may have been one."""
-        return bool(self.blocks) or self._count > max(len(self.lines), 1)
+        """Whether a block was committed, or a line is damaged, which may have been one."""
+        return bool(self.blocks) or self.problem is not None
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Write the first line, or check that the one that is there is of the same run.
@@ -173,9 +129,8 @@ class Journal:
         self.check(run)
         self.keep(len(self.lines))
         for key, old, new in differences({ENVIRONMENT: self.head["run"].get(ENVIRONMENT)}, _plain(run)):
-            self.append(
-                {"note": f"resumed with another {key.partition('.')[2]}: {_shown(old)} before, {_shown(new)} now"}
-            )
+            what = key.partition(".")[2]
+            self.append({"note": f"resumed with another {what}: {_shown(old)} before, {_shown(new)} now"})
 
     def check(self, run: Mapping[str, Any]) -> None:
         """Raise ``ModelError`` if the journal is of another run, as far as ``run`` is known."""
@@ -191,31 +146,15 @@ class Journal:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line and bring it to the disk."""
-        value = _plain(line)
-        end, chain = self._marks[-1]
-        chain = _link(chain, value)
-        data = (json.dumps({**value, "chain": chain}) + "\n").encode()
-        with self.file.open("ab") as opened:
-            opened.write(data)
+        with self.file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(line) + "\n")
         sync(self.file, self.file.parent)
-        self.lines.append(value)
-        self._marks.append((end + len(data), chain))
+        self.lines.append(_plain(line))
 
     def keep(self, number: int) -> None:
         """Forget all lines but the first ``number``, on the disk too."""
-        del self.lines[number:], self._marks[number + 1 :]
-        if self.file.exists():
-            os.truncate(self.file, self._marks[-1][0])
-            sync(self.file)
-
-
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(value))
-    return plain
-
-
-def _link(chain: str, line: Mapping[str, Any]) -> str:
-    return hashlib.sha256((chain + json.dumps(line, sort_keys=True)).encode()).hexdigest()
+        del self.lines[number:]
+        write_whole(self.file, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
 
 @dataclass
@@ -257,7 +196,7 @@ class Destination:
             overwrite: replace an earlier output: nothing else, and no directory that holds one of ``inputs``.
             inputs: directories and files that the run reads.
             num_bytes: space that will be needed, checked now.
-            run: its ``identity``, compared with that of an unfinished run.
+            run: what identifies it, compared with an unfinished run.
             resume: whether the committed blocks of an unfinished run stay or are deleted; None refuses.
 
         Raises:
@@ -269,7 +208,7 @@ class Destination:
         read = [Path(os.path.realpath(os.path.expanduser(each))) for each in inputs]
         with explain_write_errors(path):
             _check_replaceable(path, overwrite, read)
-        partial = _sibling(path, f".{path.name}", SUFFIX)
+        partial = path.with_name(f".{path.name}.optima-partial")
         new_parents = [parent for parent in path.parents if not parent.exists()]
         with ExitStack() as stack:
             stack.callback(_remove_empty, [partial, *new_parents])
@@ -280,13 +219,9 @@ class Destination:
             try:
                 with explain_write_errors(path):
                     destination._take_over(run or {}, resume)
-                    here = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
-                    _check_space(path.parent, num_bytes - here)
-                    started = datetime.now(UTC).isoformat(timespec="seconds")
-                    process = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-                    lock.truncate(0)
-                    lock.write(json.dumps(process | {"command": shlex.join(sys.argv)}) + "\n")
-                    lock.flush()
+                    written = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
+                    _check_space(path.parent, num_bytes - written)
+                    _describe_process(lock)
                     destination.directory.mkdir(exist_ok=True)
                     sync(partial, *(parent.parent for parent in (partial, *new_parents)))
                 begun = True
@@ -305,8 +240,8 @@ class Destination:
         """Keep what an unfinished run left, or delete it; raise ``ModelError`` if ``resume`` does not say which."""
         self._restore()
         journal = self.journal
-        left = journal.holds_work and self.directory.exists()  # without it, the output had its name already
-        if left and resume is not False:
+        unfinished = journal.holds_work and self.directory.exists()  # else the output had its name already
+        if unfinished and resume is not False:
             journal.check(run)
             if resume is None:
                 raise ModelError(
@@ -314,15 +249,12 @@ class Destination:
                     f"{len(journal.blocks)} blocks done): resume it with --resume, or delete its work with --no-resume"
                 )
             # A kill leaves temporary directories and files of activations.
-            delete(
-                each
-                for each in self.partial.iterdir()
-                if each != self.directory and (each.is_dir() or each.name.startswith(ACTIVATIONS))
-            )
+            scratch = [each for each in self.partial.iterdir() if each.is_dir() or each.name.startswith(ACTIVATIONS)]
+            delete(each for each in scratch if each != self.directory)
             return
         if resume:
             self.notes.append(f"no unfinished run of {self.path} was found: the run began at the first block")
-        elif left:
+        elif unfinished:
             self.notes.append(f"the {len(journal.blocks)} blocks of an unfinished run into {self.path} were deleted")
         journal.file.unlink(missing_ok=True)  # first: without it, nothing else counts
         delete(each for each in self.partial.iterdir() if each.name != RUN)
@@ -341,7 +273,7 @@ class Destination:
             self.directory.rename(self.path)  # onto nothing or an empty directory: the system refuses all else
         except (OSError, ModelError) as error:
             self._restore()
-            names = (_sibling(self.path, self.path.name, f".{n}") for n in count(1))
+            names = (self.path.with_name(f"{self.path.name}.{number}") for number in count(1))
             free = next(name for name in names if not os.path.lexists(name))
             with suppress(OSError):
                 self.directory.rename(free)
@@ -367,10 +299,8 @@ class Destination:
 def _lock(partial: Path, path: Path) -> IO[str]:
     """The run file, in a partial directory made or found, locked until it is closed or the process ends."""
     while True:
-        with suppress(FileExistsError):
-            partial.mkdir()
-        made = partial.is_dir() and not partial.is_symlink()
-        if not made or not ((partial / RUN).is_file() or not any(partial.iterdir())):
+        partial.mkdir(exist_ok=True)
+        if not (partial / RUN).is_file() and any(partial.iterdir()):
             raise ModelError(f"{partial} is in the way, and no run of optima left it: move it away")
         with suppress(FileNotFoundError), ExitStack() as stack:
             lock = stack.enter_context((partial / RUN).open("a+", encoding="utf-8"))
@@ -381,50 +311,42 @@ def _lock(partial: Path, path: Path) -> IO[str]:
                 raise ModelError(
                     f"another run is writing {path} ({known}): wait for it, or choose another --output-dir"
                 ) from None
-            except OSError as error:
-                if not os.fstat(lock.fileno()).st_size:
-                    (partial / RUN).unlink()
-                raise ModelError(
-                    f"{path.parent} is on a file system that cannot lock files ({error.strerror}): choose an "
-                    "--output-dir on another, such as a local disk"
-                ) from error
             # Otherwise a run that just ended has removed what was opened here.
             if os.path.samestat(os.fstat(lock.fileno()), (partial / RUN).stat()):
                 stack.pop_all()
                 return lock
 
 
-def _sibling(path: Path, name: str, suffix: str) -> Path:
-    """A sibling of ``path``, called by a hash of ``name`` where that would be too long."""
-    if len(os.fsencode(name + suffix)) > NAME_BYTES:
-        name = f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
-    return path.with_name(name + suffix)
+def _describe_process(lock: IO[str]) -> None:
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    process = {"pid": os.getpid(), "host": socket.gethostname(), "started": started, "command": shlex.join(sys.argv)}
+    lock.truncate(0)
+    lock.write(json.dumps(process) + "\n")
+    lock.flush()
 
 
 def _check_replaceable(path: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Raise ``ModelError`` unless ``path`` is free, or an earlier output that ``overwrite`` allows to replace."""
-    here = Path(os.path.realpath("."))
-    if path.is_mount() or here.is_relative_to(path):
+    if path.is_mount() or Path(os.path.realpath(".")).is_relative_to(path):
         raise ModelError(f"{path} is a mount point or holds the current directory: choose a directory below it")
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     remedy = "choose another --output-dir"
-    if not path.is_dir() or not (path / MANIFEST).is_file():
+    if not (path / MANIFEST).is_file():
         raise ModelError(f"{path} exists and is not an output of OPTIMA (it has no {MANIFEST}): {remedy}")
     if not overwrite:
         raise ModelError(f"{path} exists: {remedy}, or replace it with --overwrite")
     for each in inputs:
-        if any(above.exists() and above.samefile(path) for above in (each, *each.parents)):
+        if each.is_relative_to(path):
             raise ModelError(f"{path} is or holds {each}, which this run reads: {remedy}")
-    known: set[str] = set()
-    with suppress(ValueError, KeyError, TypeError):
-        known.update(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"])
+    try:
+        known = set(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError):
+        known = set()
     if foreign := [file for file in _files(path) if str(file.relative_to(path)) not in known]:
         raise ModelError(
             f"{foreign[0]} was not written by OPTIMA, and --overwrite would delete it: move it, or {remedy}"
         )
-    if not os.access(path, os.W_OK):
-        raise ModelError(f"{path} cannot be replaced: see its permissions, or {remedy}")
 
 
 def _files(directory: Path) -> list[Path]:

@@ -9,8 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -36,7 +35,6 @@ SELECTORS = f"""selectors: {", ".join(SELECTOR_NAMES[:5])},
 DEMO_MODELS = ("gemma-3-270m", "smollm2-135m")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHANNELS = ("mlp", "heads")
-PLACE = ("device", "trust_remote_code")
 MODEL = "hub id (NAME@REVISION), directory, GGUF file"
 
 
@@ -190,7 +188,7 @@ def _add_recipe(parser: _Parser) -> None:
         groups[extra["group"]].add_argument(flag, metavar=extra["metavar"], help=text, **options)
 
 
-def _recipe_of(options: dict[str, Any]) -> Recipe:
+def _pop_recipe(options: dict[str, Any]) -> Recipe:
     """The recipe file or preset, if one is named, with the recipe's options removed from ``options`` over it."""
     flags = {name: options.pop(name) for name in Recipe.model_fields.keys() & options.keys()}
     name = options.pop("recipe", None)
@@ -204,7 +202,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         A status of ``docs/reference/exit-codes.md``: 0 done, 2 bad input, 130 interrupted (128 + n by signal n), 141
         when nobody reads the output any more. A bug ends in a traceback and 1.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     # How many compiled products torch and oneDNN keep on a CPU: a thousand each take 13 MB a block of SmolLM2.
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -212,17 +209,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # what its encoding lacks is no reason to lose the rest
             stream.reconfigure(errors="backslashreplace")
     try:
-        command, arguments = parse(argv)
+        command, arguments = parse(list(sys.argv[1:] if argv is None else argv))
         COMMANDS[command](**arguments)
         if sys.stdout is not None:  # a daemon has none
-            with _writing():
-                sys.stdout.flush()
+            sys.stdout.flush()
     except OptimaError as error:
         # A Text is printed as it is: no markup, no emoji.
         message = Text.assemble(("optima: error:", "bold red"), " ", printable(str(error)))
         return _end(2, error, message)
     except BrokenPipeError:
-        _give_up(sys.stdout, sys.stderr)
+        _close(sys.stdout, sys.stderr)
         return 141
     except KeyboardInterrupt as error:
         return _end(getattr(error, "exit_code", 130), error, Text(f"optima: {str(error) or 'interrupted'}"))
@@ -232,59 +228,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _end(status: int, error: BaseException, message: Text) -> int:
     """Print why a command ends; returns the exit status."""
     # Of torchrun's processes on a machine all have the same to say, but for those that are left when another has died.
-    if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, RankError):
-        return status
-    try:
-        Console(stderr=True, soft_wrap=True).print(message)
-    except (OSError, OptimaError):  # a full disk: the status tells it too
-        _give_up(sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
+        try:
+            Console(stderr=True, soft_wrap=True).print(message)
+        except OSError:  # a full disk: the status says it too
+            _close(sys.stderr)
     return status
 
 
-def _give_up(*streams: TextIO) -> None:
+def _close(*streams: TextIO) -> None:
     """Point them at the null device, for Python flushes them once more at its exit."""
     for stream in streams:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-@contextmanager
-def _writing() -> Iterator[None]:
-    """Standard output that is full or closed is one clear error; one that nobody reads stays a ``BrokenPipeError``."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _give_up(sys.stdout)
-        raise OptimaError(
-            f"the standard output cannot be written ({error.strerror}): free some space, or send it elsewhere"
-        ) from error
-
-
-class _Console(OwnConsole):
-    """A console for our own output alone. Nothing is markup."""
-
-    def __init__(self) -> None:
-        super().__init__(emoji=False, markup=False)
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        with _writing():
-            super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
-
-
 def _say(text: str) -> None:
-    with _writing():
-        print(printable(text))
+    print(printable(text))
 
 
-def _prune(model: str, output_dir: str, report_to: Sequence[str] = (), **given: Any) -> None:
+def _prune(
+    model: str,
+    output_dir: str,
+    report_to: Sequence[str] = (),
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    **options: Any,
+) -> None:
     from optima.reporting.callbacks import Trackers
     from optima.reporting.summary import render_summary
 
-    options = {name: given.pop(name) for name in ("overwrite", "resume", *PLACE) if name in given}
-    repo, private = given.pop("push_to_hub", None), given.pop("private", None)
-    callbacks = [Trackers(report_to)] if report_to else []
-    recipe = _recipe_of(given)
+    repo, callbacks, recipe = push_to_hub, [Trackers(report_to)] if report_to else [], _pop_recipe(options)
     _quiet_console()
     if repo is not None:
         from optima.hub import open_repo
@@ -305,28 +278,23 @@ def _prune(model: str, output_dir: str, report_to: Sequence[str] = (), **given: 
         _push(output_dir, repo, private=private)
 
 
-def _push(directory: str, repo: str, **given: Any) -> None:
-    _say(f"published: {optima.push(directory, repo, **given)}")
+def _push(directory: str, repo: str, **options: Any) -> None:
+    _say(f"published: {optima.push(directory, repo, **options)}")
 
 
-def _plan(model: str, **given: Any) -> None:
-    recipe = _recipe_of(given)
+def _plan(model: str, device: str = "auto", trust_remote_code: bool = False, **options: Any) -> None:
+    recipe = _pop_recipe(options)
     console = _quiet_console()
     from optima.models.load import find_source
     from optima.plan import make_plan, print_plan
 
-    plan = make_plan(find_source(model, given.get("trust_remote_code", False)), recipe, given.get("device", "auto"))
-    print_plan(plan, model, console)
+    print_plan(make_plan(find_source(model, trust_remote_code), recipe, device), model, console)
 
 
-def _order(
-    model: str, output_dir: str, overwrite: bool = False, channels: Sequence[str] | None = None, **given: Any
-) -> None:
-    recipe = _recipe_of(given)
-    options: dict[str, Any] = {} if channels is None else {"channels": channels}
-    options |= {name: given.pop(name) for name in PLACE if name in given}
+def _order(model: str, **options: Any) -> None:
+    recipe, output_dir = _pop_recipe(options), options["output_dir"]
     _quiet_console()
-    found = optima.order(model, recipe, output_dir=output_dir, overwrite=overwrite, **options)
+    found = optima.order(model, recipe, **options)
     for kind, count, lost in found.summary():
         done = "turned" if kind == "heads" else "ordered"
         _say(f"{kind}: {count} {done}; of their saliency the pattern prunes {1 - lost:.1%} less")
@@ -387,17 +355,17 @@ def _write_page(reports: dict[str, Report], file: Path, more: Sequence[Sequence[
     _say(f"page: {file}")
 
 
-def _pack(directory: str, output_dir: str | None = None, **given: Any) -> None:
+def _pack(directory: str, output_dir: str | None = None, **options: Any) -> None:
     from optima.extras.compress import place_for
 
-    size = optima.pack(directory, output_dir, **given)
+    size = optima.pack(directory, output_dir, **options)
     _say(f"{size}: {place_for(directory, output_dir, '-packed')}")
 
 
-def _unpack(directory: str, output_dir: str | None = None, **given: Any) -> None:
+def _unpack(directory: str, output_dir: str | None = None, **options: Any) -> None:
     from optima.extras.compress import place_for
 
-    restored = optima.unpack(directory, output_dir, **given)
+    restored = optima.unpack(directory, output_dir, **options)
     place = place_for(directory, output_dir, "-unpacked")
     _say(f"{restored / 1e6:,.1f} MB restored, every checksum right: {place}")
 
@@ -421,20 +389,12 @@ def _demo(model: str, output_dir: str, num_calibration_samples: int) -> None:
     console = _quiet_console()
     from optima.demo import run_demo
 
-    run_demo(model, Path(output_dir), num_calibration_samples, console)
+    run_demo(optima.prune, model, Path(output_dir), num_calibration_samples, console)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "prune": _prune,
-    "plan": _plan,
-    "order": _order,
-    "eval": _eval,
-    "report": _report,
-    "pack": _pack,
-    "unpack": _unpack,
-    "push": _push,
-    "recipe": _recipe,
-    "demo": _demo,
+    name: globals()[f"_{name}"]
+    for name in ("prune", "plan", "order", "eval", "report", "pack", "unpack", "push", "recipe", "demo")
 }
 
 
@@ -455,4 +415,4 @@ def _quiet_console() -> Console:
     if downloads:
         enable_progress_bars()
     datasets.disable_progress_bars()
-    return _Console()
+    return OwnConsole(emoji=False, markup=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
@@ -23,7 +24,7 @@ from optima.models.load import find_source, load_model, load_tokenizer
 from optima.recipe import Recipe, load_recipe
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
-from optima.run import prune
+from optima.reporting.record import Report
 
 LENGTH, NUM_WINDOWS = 512, 8
 # Hub id and licence, for the card.
@@ -33,10 +34,11 @@ MODELS = {
 }
 
 
-def run_demo(name: str, output_dir: Path, num_samples: int, console: Console) -> None:
+def run_demo(prune: Callable[..., Report], name: str, output_dir: Path, num_samples: int, console: Console) -> None:
     """Prune a model to 50% with Wanda, with ``fast`` and with the default recipe; print each perplexity as it is known.
 
     Args:
+        prune: ``optima.prune``.
         name: of ``DEMO_MODELS``.
         output_dir: the last pruned model is written to a new directory in it.
         num_samples: calibration sequences of 512 tokens.

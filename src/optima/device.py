@@ -7,20 +7,31 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optima.errors import DeviceMemoryError, NotDifferentiableError, RecipeError
 from optima.main_memory import total_memory
 
-UNITS = ("avx512_bf16", "amx_tile", "amx_fp16")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+# What the driver, cuBLAS and cuSOLVER say where there is no memory for them, in errors of other types than torch's own.
+NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "cublasCreate", "cusolverDnCreate", "cusolverDnXcreate")
+# And torch for main memory, wherever a run is on.
+NO_MAIN_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+# What makes a run smaller.
+REMEDY = (
+    "Lower --batch-size, then --max-seq-length; --objective sink and --tuning-epochs 0 need no gradients; --ignore the "
+    "widest linears. With other options --resume does not continue from the committed blocks"
+)
+# Root mean square of gradients at a block's outputs, to which losses are scaled: float16 holds a 256th of it in full,
+# and a million times it. By powers of two, which round nothing elsewhere.
+GRADIENT = 2.0**-6
 
 
 class PeakMemory:
@@ -41,16 +52,13 @@ class PeakMemory:
 
     def peak(self) -> int:
         """The highest value until now."""
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _process_peak()
-
-
-def _process_peak() -> int:
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        for line in _STATUS.read_text().splitlines() if _STATUS.exists() else ():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def give_back_freed_memory() -> None:
@@ -64,24 +72,9 @@ def give_back_freed_memory() -> None:
 
 def named_device(name: str) -> torch.device:
     """The device that a recipe calls ``name``, which need not be there; ``auto`` is the first CUDA device, if any."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise RecipeError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def units_of_cpu() -> list[str]:
-    """Those for short numbers, which torch's name of an instruction set leaves out: their sums are other sums."""
-    return [unit for unit in UNITS if getattr(torch.cpu, f"_is_{unit}_supported", bool)()]
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has units for bfloat16; without them it may be slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(units_of_cpu())
-
-
-def is_there(device: torch.device) -> bool:
-    """Whether this machine has the device."""
-    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
 
 
 def find_device(name: str) -> torch.device:
@@ -90,13 +83,23 @@ def find_device(name: str) -> torch.device:
     Raises:
         RecipeError: if the device is not there.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
-        raise RecipeError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     device = named_device(name)
     if not is_there(device):
         count = torch.cuda.device_count()
         raise RecipeError(f"device {name!r} is not there: {count} CUDA devices found; use auto or cpu")
     return device
+
+
+def is_there(device: torch.device) -> bool:
+    """Whether this machine has the device."""
+    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for bfloat16; without them it may be slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile", "amx_fp16"))
 
 
 def describe_device(device: torch.device) -> str:
@@ -114,15 +117,8 @@ def card_memory(device: torch.device) -> int:
 
 def describe_memory(device: torch.device) -> str:
     """The device and how much memory it has, for messages."""
-    on_card = device.type == "cuda"
-    total = card_memory(device) if on_card else total_memory()
+    total = card_memory(device) if device.type == "cuda" else total_memory()
     return f"{device} ({total / 2**30:.1f} GiB)"
-
-
-# What the driver, cuBLAS and cuSOLVER say where there is no memory for them, in errors of other types than torch's own.
-NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "cublasCreate", "cusolverDnCreate", "cusolverDnXcreate")
-# And torch for main memory, wherever a run is on.
-NO_MAIN_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -132,39 +128,30 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @contextmanager
 def one_memory_error() -> Iterator[None]:
-    """Whatever is raised inside for want of the device's memory is ``torch.OutOfMemoryError``."""
+    """Any error of the device's memory inside is ``torch.OutOfMemoryError``."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        if not any(text in str(error) for text in NO_MEMORY):
+        if isinstance(error, torch.OutOfMemoryError) or not any(text in str(error) for text in NO_MEMORY):
             raise
         raise torch.OutOfMemoryError(str(error)) from error
 
 
 @contextmanager
 def backward_explained(name: str) -> Iterator[None]:
-    """What has no backward pass inside, as some kernels, is a ``NotDifferentiableError``; a lack of memory is none."""
+    """A missing backward pass inside, as of some kernels, is a ``NotDifferentiableError``."""
     try:
         with one_memory_error():
             yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise NotDifferentiableError(f"{name} has no backward pass ({error})") from error
-
-
-# What makes a run smaller.
-REMEDY = (
-    "lower --batch-size, then --max-seq-length; --objective sink and --tuning-epochs 0 need no gradients; --ignore the "
-    "widest linears. With other options --resume does not go on from the blocks that are written"
-)
 
 
 @contextmanager
 def memory_explained(device: torch.device, remedy: str = REMEDY) -> Iterator[None]:
-    """Memory of ``device`` that runs out inside, where no smaller batch helps, is a ``DeviceMemoryError``."""
+    """A lack of memory of ``device`` inside, where no smaller batch helps, is a ``DeviceMemoryError``."""
     try:
         with one_memory_error():
             yield
@@ -175,7 +162,7 @@ def memory_explained(device: torch.device, remedy: str = REMEDY) -> Iterator[Non
             raise
         raise DeviceMemoryError(
             f"{describe_memory(device)} is out of memory: free some (another process may hold it), or take a "
-            f"larger device. {remedy[0].upper()}{remedy[1:]}"
+            f"larger device. {remedy}"
         ) from error
 
 
@@ -212,22 +199,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-# Root mean square of gradients at a block's outputs, to which losses are scaled: float16 holds a 256th of it in full,
-# and a million times it. By powers of two, which round nothing elsewhere.
-GRADIENT = 2.0**-6
-
-
 @contextmanager
-def differentiable(module: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Of the module's parameters only ``weights`` require gradients inside; all are as they were afterwards."""
+def differentiable(module: nn.Module) -> Iterator[None]:
+    """No parameter of the module requires gradients inside; all are as they were afterwards."""
     # Those of a model that was made in inference mode could not be set back.
-    able = [parameter for parameter in module.parameters() if not parameter.is_inference()]
-    before = [(parameter, parameter.requires_grad) for parameter in able]
+    before = [(each, each.requires_grad) for each in module.parameters() if not each.is_inference()]
     try:
-        for parameter in able:
+        for parameter, _ in before:
             parameter.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
         yield
     finally:
         for parameter, required in before:
@@ -248,7 +227,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def once(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What ``forward`` returns the first time, whatever it is called with."""
+    """A function that returns what ``forward`` returned for its first call."""
     known: list[Any] = []
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -261,14 +240,14 @@ def once(forward: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def default_torch_settings() -> Iterator[None]:
     """No autocast, compiler or defaults of the caller's inside: they change what is computed, in what, and where."""
-    with _by_default(), ExitStack() as stack:
+    with _default_dtype_and_device(), ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # a compiled module would compile hooks and recorders too
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 @contextmanager
-def _by_default() -> Iterator[None]:
+def _default_dtype_and_device() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
@@ -282,30 +261,22 @@ def _by_default() -> Iterator[None]:
 @contextmanager
 def _matmul_precision(cuda: str, mkldnn: str, overall: str) -> Iterator[None]:
     """Products of float32 matrices have this precision inside: of each backend, or overall before torch 2.9."""
-    backends = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
-    if not all(hasattr(backend, "fp32_precision") for backend in backends):
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(overall)
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    settings: Any = list(zip(backends, (cuda, mkldnn), strict=True))
-    known = [backend.fp32_precision for backend, _ in settings]
-    try:
-        for backend, precision in settings:
-            backend.fp32_precision = precision
+    backends: Any = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+    with ExitStack() as stack:
+        if all(hasattr(backend, "fp32_precision") for backend in backends):
+            for backend, precision in zip(backends, (cuda, mkldnn), strict=True):
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+                backend.fp32_precision = precision
+        else:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision(overall)
         yield
-    finally:
-        for (backend, _), precision in zip(settings, known, strict=True):
-            backend.fp32_precision = precision
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Products of float32 matrices are float32 inside: no TF32 or bfloat16 by a global switch or autocast."""
-    with _matmul_precision("ieee", "ieee", "highest"), _by_default():
+    with _matmul_precision("ieee", "ieee", "highest"), _default_dtype_and_device():
         yield
 
 

@@ -63,27 +63,6 @@ def explain_write_errors(path: Path, remedy: str = "free some space or choose an
         raise ModelError(f"writing {path} failed ({error})" + (f": {remedy}" if full else "")) from error
 
 
-def stat_of(directory: Path) -> os.stat_result | None:
-    """What tells a directory from another of its name; None if there is none."""
-    with suppress(OSError):
-        return directory.stat()
-    return None
-
-
-def is_same(directory: Path, before: os.stat_result | None) -> bool:
-    """Whether the directory of that name is the one of ``stat_of`` ``before``."""
-    after = stat_of(directory)
-    return before is not None and after is not None and os.path.samestat(before, after)
-
-
-@contextmanager
-def the_same(directory: Path, before: os.stat_result | None) -> Iterator[None]:
-    """A ``ModelError`` if another directory bears the name in the end: what was read is then of both."""
-    yield
-    if not is_same(directory, before):
-        raise ModelError(f"{directory} was replaced while it was read: try again")
-
-
 def sync(*paths: Path) -> None:
     """Make files and directories outlast a loss of power; directories where the file system can."""
     for path in paths:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.checkpointing import Destination, check_alike, identity
+from optima.checkpointing import ENVIRONMENT, Destination, check_alike
 from optima.data.batches import Batches, Calibration
 from optima.device import (
     PeakMemory,
@@ -29,6 +32,7 @@ from optima.errors import RecipeError
 from optima.files import stamps
 from optima.inputs import add_generated, batches_of_rank, load_calibration, make_store
 from optima.models.auxiliary import copies_tokenizer, to_save
+from optima.models.fingerprint import hash_tensors
 from optima.models.load import commit_of, load_tokenizer, weights_of
 from optima.models.masks import MaskFiles
 from optima.models.save import open_writer, prepare
@@ -45,6 +49,7 @@ from optima.state import RunState
 from optima.stopping import interruptible
 
 CALLER_NOTE = "the caller passed the calibration data: the recipe's dataset was not read"
+SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a configuration, no part of identity
 SHARED = " shared the work"  # a phrase by which the note is found
 
 
@@ -214,15 +219,18 @@ def _identity(plan: Plan, ranks: Ranks, written: bool) -> dict[str, Any]:
     if not written and ranks.size == 1:
         return {}
     recipe = plan.recipe if plan.scope_named else plan.recipe.replace(scope=None)
-    selector, masks = recipe.selector, recipe.mask_from
-    found = identity(
-        recipe.to_dict(),
-        None if isinstance(selector, str) else selector,
-        plan.model,
-        None if plan.source is None else weights_of(plan.source),
-        None if masks is None else stamps({file for file, _ in MaskFiles(masks).files.values()}),
-        {"versions": library_versions(), "device": describe_device(plan.device)},
-    )
+    config = {key: value for key, value in plan.model.config.to_dict().items() if key not in SAVED}
+    weights = hash_tensors(plan.model.state_dict().items()) if plan.source is None else weights_of(plan.source)
+    masks = recipe.mask_from and stamps({file for file, _ in MaskFiles(recipe.mask_from).files.values()})
+    found: dict[str, Any] = {
+        "recipe": recipe.to_dict(),
+        "selector": re.sub(r" at 0x[0-9a-f]+", "", repr(recipe.selector)),  # addresses are no settings
+        "class": type(plan.model).__name__,
+        "configuration": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "weights": weights,
+        "masks": masks,
+        ENVIRONMENT: {"versions": library_versions(), "device": describe_device(plan.device)},
+    }
     check_alike(found, ranks)
     return found
 

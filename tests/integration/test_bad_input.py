@@ -425,15 +425,6 @@ class TestOtherCommands:
         assert "cannot read text.txt" in cheap(arguments=["report", "text.txt"])
 
 
-def test_a_text_in_place_of_its_file(cheap: Refused) -> None:
-    assert "A long sentence" in cheap("--dataset", "A long sentence instead of a file. " * 10)
-
-
-def test_a_loop_of_links_as_text(cheap: Refused, root: Path) -> None:
-    (root / "loop.txt").symlink_to("loop.txt")
-    assert "dataset 'loop.txt'" in cheap("--dataset", "loop.txt")
-
-
 def test_arguments_of_other_types() -> None:
     def refused(message: str, **given: object) -> None:
         with pytest.raises(OptimaError, match=message):
@@ -447,16 +438,6 @@ def test_arguments_of_other_types() -> None:
         hold_zeros(make_llama(), {})
     with pytest.raises(RecipeError, match="must be a bool tensor"):
         hold_zeros(make_llama(), {"model.layers.0.mlp.up_proj": torch.ones(48, 32, dtype=torch.bool).numpy()})  # type: ignore[dict-item]
-
-
-def test_an_output_that_may_not_be_changed_is_refused_first(
-    late: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(prune_arguments("--selector", "wanda", "--tuning-epochs", "0")) == 0
-    capsys.readouterr()
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "out" and access(path, mode))
-    assert "see its permissions" in late("--overwrite")
 
 
 @pytest.mark.parametrize("gone", [True, False], ids=["gone", "cut"])

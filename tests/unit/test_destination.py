@@ -119,28 +119,6 @@ class TestStart:
         (here / "file").touch()
         refused(path).encode("utf-8")
 
-    @pytest.mark.parametrize("name", ["a" * 255, "é" * 127])
-    def test_names_as_long_as_they_may_be(self, here: Path, name: str) -> None:
-        run(name)
-        assert os.listdir(here) == [name]
-
-    @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-    def test_a_disk_that_cannot_be_written(self, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-        def refuse(self: Path, *args: object, **options: object) -> None:
-            raise OSError(code, "not for you")
-
-        monkeypatch.setattr(Path, "mkdir", refuse)
-        message = refused("a/out")
-        assert "not for you" in message
-        assert "free some space" not in message
-
-    def test_a_file_system_without_locks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(*args: object) -> None:
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-        monkeypatch.setattr("fcntl.flock", refuse)
-        assert "Function not implemented" in refused("a/out")
-
     def test_a_file_system_that_cannot_sync_directories(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def sync(handle: int) -> None:
             if stat.S_ISDIR(os.fstat(handle).st_mode):
@@ -189,12 +167,6 @@ class TestEnd:
         (here / "out").mkdir()
         run()
         assert (here / "out" / "new").exists()
-
-    def test_a_link_stays_and_its_target_is_written(self, here: Path) -> None:
-        (here / "out").symlink_to("elsewhere")
-        run()
-        assert (here / "out").is_symlink()
-        assert (here / "elsewhere" / "new").exists()
 
     @pytest.mark.parametrize("overwrite", [False, True])
     @pytest.mark.parametrize("kind", ["directory", "file", "output"])
@@ -259,19 +231,6 @@ class TestEnd:
             run(resume=resume)
         assert (here / "out" / "old").exists()
 
-    def test_an_old_output_that_cannot_be_deleted_is_named(
-        self, here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        make_output(here / "out")
-
-        def refuse(path: Path) -> None:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-        monkeypatch.setattr(shutil, "rmtree", refuse)
-        run(overwrite=True)
-        assert (here / "out" / "new").exists()
-        assert PARTIAL in caplog.text
-
 
 class TestFailure:
     @pytest.mark.parametrize("error", [ModelError("no"), KeyboardInterrupt(), FileNotFoundError("x")])
@@ -327,17 +286,6 @@ class TestFailure:
         journal = here / PARTIAL / "journal.jsonl"
         journal.write_bytes(b"x" + journal.read_bytes())
         assert "--no-resume" in refused(resume=True)
-
-    def test_there_may_be_nothing_to_resume(self) -> None:
-        with claim(resume=True) as destination:
-            assert "no unfinished run of" in destination.notes[0]
-
-    def test_a_refused_run_leaves_the_unfinished_one(self, here: Path) -> None:
-        with pytest.raises(KeyboardInterrupt):
-            fail(KeyboardInterrupt())
-        make_output(here / "out")
-        refused()
-        assert (here / PARTIAL).exists()
 
     @pytest.mark.parametrize("content", [None, "", "{", '{"pid": 5}'])
     def test_a_run_that_was_killed_as_it_began(self, here: Path, content: str | None) -> None:

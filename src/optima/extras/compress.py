@@ -29,8 +29,6 @@ from optima.files import (
     PLAIN,
     check_shards,
     explain_write_errors,
-    stat_of,
-    the_same,
     usable_path,
 )
 from optima.stopping import interruptible
@@ -115,7 +113,7 @@ def _converted(
 ) -> Iterator[tuple[list[Path], Path]]:
     """The shards, and a directory with all other files, which gets the output's name at the end of the context."""
     source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
-    path, before = place_for(directory, output_dir, "-packed" if new == PACKED else "-unpacked"), stat_of(source)
+    path = place_for(directory, output_dir, "-packed" if new == PACKED else "-unpacked")
     packed = [file for file in sorted(source.glob(f"*{PACKED}")) if file.is_file()]
     plain = [file for file in sorted(source.glob(f"*{PLAIN}")) if file.is_file() and file not in packed]
     shards = packed if old == PACKED else plain
@@ -130,7 +128,7 @@ def _converted(
     with interruptible(), Destination.open(path, overwrite, [source]) as destination:
         if destination.path.is_relative_to(source):
             raise ModelError(f"{destination.path} is inside {source}, which is read: choose another --output-dir")
-        with explain_write_errors(destination.path), the_same(source, before):
+        with explain_write_errors(destination.path):
             for file in sorted(source.iterdir()):
                 if file.name not in {shard.name for shard in shards}:
                     _copy(file, destination.directory, old, new)
