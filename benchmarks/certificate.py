@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from optima.core import Hessian, RowProblem, RowSolver, certify, make_problem, solve_rows
-from optima.core.certificate import ENERGY_FLOOR
+from optima.core.problem import ENERGY_FLOOR
 from optima.patterns import NM, Unstructured
 from optima.selectors.ranking import top_scores
 from optima.selectors.scores import wanda_score

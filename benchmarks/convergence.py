@@ -25,8 +25,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from optima.core import BatchedCholesky, Hessian, RowProblem, certify
-from optima.core.certificate import ENERGY_FLOOR
 from optima.core.preconditioner import FactorModel
+from optima.core.problem import ENERGY_FLOOR
 
 SHARED, LOW_RANK, JACOBI, CERTIFIED = "#0b5fa5", "#8a3ffc", "#d1701f", "#2a9d5c"
 LOWEST, HIGHEST = 1e-10, 30.0

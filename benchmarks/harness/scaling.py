@@ -14,7 +14,7 @@ import torch
 from optima.calibration.accumulator import share_out
 from optima.calibration.correlation import MOST_ROWS
 from optima.calibration.fisher import fisher_share
-from optima.core.solvers import chunk_rows
+from optima.core.problem import chunk_rows
 from optima.distributed import STRIP_BYTES
 from optima.recipe import FISHER_FRACTION
 from optima.selectors.optima import Optima

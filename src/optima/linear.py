@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optima.core import RowSolution, RowSolver, Status, make_problem, solve_rows
 from optima.core.hessian import Hessian
-from optima.core.problem import concatenate
+from optima.core.problem import RowSolution, RowSolver, Status, chunk_rows, concatenate, make_problem
 from optima.core.products import all_finite
 from optima.core.rounding import Rounded, round_rows
-from optima.core.solvers import chunk_rows
+from optima.core.solvers import solve_rows
 from optima.core.statistics import Statistics
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks

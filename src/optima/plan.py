@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from optima.calibration.correlation import coupling_bytes
 from optima.core import make_solver
+from optima.core.problem import BUDGET_BYTES
 from optima.core.shifted import MOST_EIGENVALUES
-from optima.core.solvers import BUDGET_BYTES
 from optima.data.batches import Calibration, read_calibration
 from optima.data.generate import can_continue
 from optima.device import card_memory, is_there, named_device

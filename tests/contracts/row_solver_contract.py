@@ -124,7 +124,7 @@ class RowSolverContract:
         hessian, problem, truth = make_layer(13, 40, seed=7)
         whole = self.solve(hessian, problem)
         for budget_bytes in (1, 5 * 40 * 56):
-            monkeypatch.setattr("optima.core.solvers.BUDGET_BYTES", budget_bytes)
+            monkeypatch.setattr("optima.core.problem.BUDGET_BYTES", budget_bytes)
             parts = self.solve(hessian, problem)
             check(parts, problem, truth, self.gap)
             self.same_optimum(whole, parts, truth)

@@ -124,7 +124,7 @@ def test_out_of_memory_reduces_the_chunk(monkeypatch: pytest.MonkeyPatch) -> Non
     """A buffer of all rows takes 32 MiB, and a solve needs more than six of them."""
     hessian = Hessian(make_matrix(128, 256, seed=5).to(CUDA))
     problem = make_problem(hessian, *make_rows(2**16, 128, seed=6))
-    monkeypatch.setattr("optima.core.solvers.BUDGET_BYTES", 2**33)
+    monkeypatch.setattr("optima.core.problem.BUDGET_BYTES", 2**33)
     solution = solve_rows(LowRankCG(), hessian, problem)
     assert "out of memory" in solution.note
     assert (solution.status_R == Status.CONVERGED).all()

@@ -25,7 +25,7 @@ from optima.calibration import fisher as swept
 from optima.calibration import statistics
 from optima.calibration.activations import Activations
 from optima.checkpointing import Journal
-from optima.core import solvers
+from optima.core import problem
 from optima.data import generate as generation
 from optima.distributed import Ranks
 
@@ -102,7 +102,7 @@ def test_two_end_as_one(options: tuple[str, ...]) -> None:
 
 def small_chunks(rank: int = 0) -> None:
     """For ``prepare``: rows fall into chunks that several processes can share."""
-    solvers.CACHE_ENTRIES, solvers.SMALLEST_CACHED_CHUNK = 2**8, 8
+    problem.CACHE_ENTRIES, problem.SMALLEST_CACHED_CHUNK = 2**8, 8
 
 
 def test_shared_rows_are_those_of_one() -> None:

@@ -20,7 +20,7 @@ from optima import distributed
 from optima.calibration.accumulator import Accumulator, owners_of, reduce_to, share_out
 from optima.calibration.activations import capture
 from optima.checkpointing import check_alike
-from optima.core import solvers
+from optima.core import problem
 from optima.distributed import ALONE, Ranks, joined
 from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
 from optima.models.blocks import Linear, find_stacks
@@ -89,7 +89,7 @@ def inputs_of(rank: int) -> Tensor:
 
 def reduce(ranks: Ranks) -> None:
     """The last process was given no token of one group; all solve another together."""
-    solvers.CACHE_ENTRIES, solvers.SMALLEST_CACHED_CHUNK = 6 * 64, 64  # rows fall into chunks of 64
+    problem.CACHE_ENTRIES, problem.SMALLEST_CACHED_CHUNK = 6 * 64, 64  # rows fall into chunks of 64
     linears = [Linear(name, nn.Linear(6, outputs)) for name, outputs in (("a", 2), ("b", 2), ("c", 200), ("d", 2))]
     accumulators = {linear.name: Accumulator() for linear in linears}
     for name, accumulator in accumulators.items():

@@ -40,9 +40,8 @@ from optima.core import (
 from optima.core.cholesky import solve_kept
 from optima.core.hessian import COLUMNS
 from optima.core.preconditioner import FACTORS
-from optima.core.problem import concatenate
+from optima.core.problem import BYTES_PER_ENTRY, concatenate
 from optima.core.products import ROUND_ROWS, SharedFactor, all_finite
-from optima.core.solvers import BYTES_PER_ENTRY
 from optima.errors import NumericalError, RecipeError
 
 GAP = 1e-9
@@ -419,7 +418,7 @@ def test_a_budget_bounds_the_rows_solved_together(
     """Chunks are of equal size but for the last."""
     hessian, problem, _ = make_layer(13, 40, seed=7)
     device = SmallDevice(13)
-    monkeypatch.setattr("optima.core.solvers.BUDGET_BYTES", budget_rows * 40 * BYTES_PER_ENTRY)
+    monkeypatch.setattr("optima.core.problem.BUDGET_BYTES", budget_rows * 40 * BYTES_PER_ENTRY)
     solve_rows(device, hessian, problem)
     assert device.tries == chunks
 
@@ -451,8 +450,8 @@ def test_working_set(solver: RowSolver, size: tuple[int, int], tmp_path: Path, m
     hessian = Hessian(inputs_TD.mT @ inputs_TD / len(inputs_TD))
     problem = make_problem(hessian, *make_rows(rows, num_inputs, seed=1))
     solve_rows(solver, *make_layer(8, 96)[:2])  # the profiler's clock and the library's lazy parts start here
-    monkeypatch.setattr("optima.core.solvers.CACHE_ENTRIES", 2**33)
-    monkeypatch.setattr("optima.core.solvers.BUDGET_BYTES", 2**33)
+    monkeypatch.setattr("optima.core.problem.CACHE_ENTRIES", 2**33)
+    monkeypatch.setattr("optima.core.problem.BUDGET_BYTES", 2**33)
     held = peak_bytes(lambda: solve_rows(solver, hessian, problem), tmp_path)
     factors = rows * FACTORS**2 if solver.name == "low-rank-cg" else 0
     assert held <= 8 * 4 * num_inputs**2 + 4 * (7 * rows * num_inputs + factors) + SMALL

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from optima.core.hessian import Hessian
+from optima.core.problem import chunk_rows
 from optima.core.products import ROUND_ROWS, add_gram, mirror
-from optima.core.solvers import chunk_rows
 from optima.core.statistics import Statistics
 from optima.device import bfloat16_products
 from optima.distributed import Ranks

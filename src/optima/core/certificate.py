@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 
 from optima.core.hessian import Hessian
-from optima.core.problem import RowProblem
+from optima.core.problem import ENERGY_FLOOR, RowProblem
 from optima.core.products import all_finite
 from optima.device import full_precision
 from optima.errors import NumericalError, RecipeError
 
-# A row whose optimum loses less than this share of its energy is exact for every purpose; the gap is
-# relative to the larger of the two so that float32 weights can reach it.
-ENERGY_FLOOR = 1e-8
 # The residual needs float64, its norm two digits: whitened in float32 it is off by 1e-6 or so, and raised by this.
 WHITENING_MARGIN = 1.001
 # A row of zeros has no scale of its own; this one and its reciprocal are float32 numbers.

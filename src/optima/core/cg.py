@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optima.core.certificate import ENERGY_FLOOR
 from optima.core.hessian import Hessian
 from optima.core.preconditioner import FactorModel
-from optima.core.problem import Correction, Residuals
+from optima.core.problem import ENERGY_FLOOR, Correction, Residuals
 from optima.core.products import ROUND_ROWS, multiply
 
 # What a row's bound is taken for, in units of 1/2 r^T z, until it has been measured.

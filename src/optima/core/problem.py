@@ -17,6 +17,16 @@ from optima.core.hessian import Hessian
 from optima.core.products import all_finite
 from optima.errors import NumericalError, RecipeError
 
+# A row whose optimum loses less than this share of its energy is exact for every purpose; the gap is
+# relative to the larger of the two so that float32 weights can reach it.
+ENERGY_FLOOR = 1e-8
+# Work space for the rows that are solved together, and what a row takes of it per input: six buffers, of float64 where
+# the condition number demands it, and masks.
+BUDGET_BYTES, BYTES_PER_ENTRY = 512 * 2**20, 6 * 8 + 8
+# On a CPU the buffers of a chunk stay in the last level of cache (24 bytes an entry), but fewer rows than the second
+# number leave products short of their full speed.
+CACHE_ENTRIES, SMALLEST_CACHED_CHUNK = 2**22, 256
+
 Rows = TypeVar("Rows", bound="PerRow")
 
 
@@ -194,3 +204,16 @@ def make_problem(hessian: Hessian, target_RD: Tensor, keep_RD: Tensor, start_RD:
         start_RD = torch.where(hessian.dead_D, target_RD, start_RD.detach().to(hessian.device, dtype))
         problem = replace(problem, start_RD=problem.masked(start_RD))
     return problem
+
+
+def chunk_rows(num_inputs: int, total: int, device: torch.device) -> int:
+    """Rows to solve together: what fits the budget and, on a CPU, its cache, in chunks of equal size.
+
+    The last digits of a row depend on the other rows of its chunk, and on no others.
+    """
+    num_inputs = max(num_inputs, 1)
+    chunk = max(BUDGET_BYTES // (BYTES_PER_ENTRY * num_inputs), 1)
+    if device.type == "cpu":
+        chunk = min(chunk, max(CACHE_ENTRIES // num_inputs, SMALLEST_CACHED_CHUNK))
+    pieces = max(-(-total // chunk), 1)
+    return max(-(-total // pieces), 1)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optima.core.certificate import ENERGY_FLOOR, Verifier
+from optima.core.certificate import Verifier
 from optima.core.hessian import Hessian
-from optima.core.problem import PerRow, RowProblem, RowSolution
+from optima.core.problem import ENERGY_FLOOR, PerRow, RowProblem, RowSolution
 from optima.device import full_precision
 
 

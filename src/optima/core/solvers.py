@@ -28,6 +28,7 @@ from optima.core.problem import (
     RowSolution,
     RowSolver,
     Status,
+    chunk_rows,
     concatenate,
     make_problem,
 )
@@ -42,12 +43,6 @@ STAGNATION = 0.5
 CLOSE = 0.99
 # What float64 leaves of E, relative to the row's energy.
 ROUNDING = 1e-13
-# Work space for the rows that are solved together, and what a row takes of it per input: six buffers, of float64 where
-# the condition number demands it, and masks.
-BUDGET_BYTES, BYTES_PER_ENTRY = 512 * 2**20, 6 * 8 + 8
-# On a CPU the buffers of a chunk stay in the last level of cache (24 bytes an entry), but fewer rows than the second
-# number leave products short of their full speed.
-CACHE_ENTRIES, SMALLEST_CACHED_CHUNK = 2**22, 256
 # Costs on a CPU in operations of a dense float32 product, fitted to the measurements in ``Auto``: small batched
 # factorisations run at a tenth of its speed, and a gathered number costs as much as a thousand operations.
 FACTOR, GATHER, INVERSE = 10.0 / 3.0, 1200.0, 2.0
@@ -294,19 +289,6 @@ def make_solver(name: str, gap: float) -> RowSolver | None:
     if name not in SOLVERS:
         raise RecipeError(f"unknown solver {name!r}: known solvers are {', '.join(SOLVERS)}, none")
     return SOLVERS[name](gap)
-
-
-def chunk_rows(num_inputs: int, total: int, device: torch.device) -> int:
-    """Rows to solve together: what fits the budget and, on a CPU, its cache, in chunks of equal size.
-
-    The last digits of a row depend on the other rows of its chunk, and on no others.
-    """
-    num_inputs = max(num_inputs, 1)
-    chunk = max(BUDGET_BYTES // (BYTES_PER_ENTRY * num_inputs), 1)
-    if device.type == "cpu":
-        chunk = min(chunk, max(CACHE_ENTRIES // num_inputs, SMALLEST_CACHED_CHUNK))
-    pieces = max(-(-total // chunk), 1)
-    return max(-(-total // pieces), 1)
 
 
 def solve_rows(solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:
