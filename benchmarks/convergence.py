@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from optima.core import BatchedCholesky, Hessian, RowProblem, certify
-from optima.core.preconditioner import FactorModel
+from optima.core.cg import FactorModel
 from optima.core.problem import ENERGY_FLOOR
 
 SHARED, LOW_RANK, JACOBI, CERTIFIED = "#0b5fa5", "#8a3ffc", "#d1701f", "#2a9d5c"

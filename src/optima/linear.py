@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from optima.core.hessian import Hessian
-from optima.core.problem import RowSolution, RowSolver, Status, chunk_rows, concatenate, make_problem
+from optima.core.problem import RowSolution, Status, chunk_rows, concatenate
 from optima.core.products import all_finite
 from optima.core.rounding import Rounded, round_rows
-from optima.core.solvers import solve_rows
+from optima.core.solvers import RowSolver, make_problem, solve_rows
 from optima.core.statistics import Statistics
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks

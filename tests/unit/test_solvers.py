@@ -37,9 +37,9 @@ from optima.core import (
     solve_rows,
     solve_with_restarts,
 )
+from optima.core.cg import FACTORS
 from optima.core.cholesky import solve_kept
 from optima.core.hessian import COLUMNS
-from optima.core.preconditioner import FACTORS
 from optima.core.problem import BYTES_PER_ENTRY, concatenate
 from optima.core.products import ROUND_ROWS, SharedFactor, all_finite
 from optima.errors import NumericalError, RecipeError

@@ -10,12 +10,14 @@
 
 from optima.core.certificate import Certificate, certify
 from optima.core.hessian import Hessian
-from optima.core.problem import Correction, Residuals, RowProblem, RowSolution, RowSolver, Status, make_problem
+from optima.core.problem import Correction, Residuals, RowProblem, RowSolution, Status
 from optima.core.solvers import (
     SOLVERS,
     Auto,
     BatchedCholesky,
     LowRankCG,
+    RowSolver,
+    make_problem,
     make_solver,
     solve,
     solve_rows,

@@ -8,14 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from enum import IntEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-
-from optima.core.hessian import Hessian
-from optima.core.products import all_finite
-from optima.errors import NumericalError, RecipeError
 
 # A row whose optimum loses less than this share of its energy is exact for every purpose; the gap is
 # relative to the larger of the two so that float32 weights can reach it.
@@ -133,23 +129,6 @@ class Correction:
     iterations_R: Tensor
 
 
-class RowSolver(Protocol):
-    """Re-solves the kept weights of rows that share one Hessian.
-
-    What depends on the Hessian alone belongs in ``Hessian.memo``; the work space of ``solve`` grows with the rows, and
-    ``optima.core.solve_rows`` chooses how many.
-
-    Attributes:
-        name: what recipes and reports call it.
-    """
-
-    name: str
-
-    def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
-        """Solve every row of ``problem``."""
-        ...
-
-
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """One result of the rows of all ``parts``, in order; at least one part. Names and notes of all are joined."""
     if len(parts) == 1:
@@ -166,44 +145,6 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
         else:
             joined[field.name] = None
     return replace(parts[0], **joined)
-
-
-def make_problem(hessian: Hessian, target_RD: Tensor, keep_RD: Tensor, start_RD: Tensor | None = None) -> RowProblem:
-    """Check and normalise the rows of one linear.
-
-    Low-precision weights become float32. A dead input has no influence, so its pruned weight costs nothing
-    (its target becomes 0) and its kept weight stays as it is.
-
-    Raises:
-        RecipeError: on wrong shapes or dtypes.
-        NumericalError: on NaN or Inf in the weights.
-    """
-    shape = (len(target_RD) if target_RD.ndim else 0, hessian.num_inputs)
-    for name, tensor in (("weight", target_RD), ("keep", keep_RD), ("start", start_RD)):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise RecipeError(
-                f"{name} has shape {tuple(tensor.shape)} but the weight has {shape[0]} rows and the hessian "
-                f"{shape[1]} inputs"
-            )
-        if name == "keep":
-            if tensor.dtype != torch.bool:
-                raise RecipeError(f"keep must be boolean (True = the weight survives), got {tensor.dtype}")
-        elif not tensor.is_floating_point():
-            raise RecipeError(f"{name} must be a float tensor, got {tensor.dtype}")
-        elif not all_finite(tensor):
-            raise NumericalError(f"{name} contains NaN or Inf: repair the checkpoint first")
-    dtype = torch.float64 if target_RD.dtype == torch.float64 else torch.float32
-    keep_RD = keep_RD.to(hessian.device)
-    target_RD = target_RD.detach().to(hessian.device, dtype)
-    if bool(hessian.dead_D.any()):
-        target_RD = torch.where(hessian.dead_D, target_RD * keep_RD, target_RD)
-    problem = RowProblem(target_RD, keep_RD)
-    if start_RD is not None:
-        start_RD = torch.where(hessian.dead_D, target_RD, start_RD.detach().to(hessian.device, dtype))
-        problem = replace(problem, start_RD=problem.masked(start_RD))
-    return problem
 
 
 def chunk_rows(num_inputs: int, total: int, device: torch.device) -> int:

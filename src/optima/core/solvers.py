@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,15 +27,13 @@ from optima.core.problem import (
     Residuals,
     RowProblem,
     RowSolution,
-    RowSolver,
     Status,
     chunk_rows,
     concatenate,
-    make_problem,
 )
-from optima.core.products import keep_freed_memory, multiply
+from optima.core.products import all_finite, keep_freed_memory, multiply
 from optima.device import full_precision, one_memory_error
-from optima.errors import RecipeError
+from optima.errors import NumericalError, RecipeError
 
 MAX_ROUNDS = 10
 # A round that does not shrink the bound by this factor has hit its precision.
@@ -51,6 +50,23 @@ ITERATIONS_PER_DIGIT = 2.5
 
 # Approximately solves H_SS step_S = residual_S for each row, in the residuals' dtype.
 Inner = Callable[[Residuals], Correction]
+
+
+class RowSolver(Protocol):
+    """Re-solves the kept weights of rows that share one Hessian.
+
+    What depends on the Hessian alone belongs in ``Hessian.memo``; the work space of ``solve`` grows with the rows, and
+    ``optima.core.solve_rows`` chooses how many.
+
+    Attributes:
+        name: what recipes and reports call it.
+    """
+
+    name: str
+
+    def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
+        """Solve every row of ``problem``."""
+        ...
 
 
 def solve_with_restarts(hessian: Hessian, problem: RowProblem, inner: Inner, gap: float) -> RowSolution:
@@ -266,6 +282,44 @@ def _joined(parts: list[RowSolution], rows: list[Tensor]) -> RowSolution:
 
 def _named(solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:
     return replace(solver.solve(hessian, problem), solver=solver.name)
+
+
+def make_problem(hessian: Hessian, target_RD: Tensor, keep_RD: Tensor, start_RD: Tensor | None = None) -> RowProblem:
+    """Check and normalise the rows of one linear.
+
+    Low-precision weights become float32. A dead input has no influence, so its pruned weight costs nothing
+    (its target becomes 0) and its kept weight stays as it is.
+
+    Raises:
+        RecipeError: on wrong shapes or dtypes.
+        NumericalError: on NaN or Inf in the weights.
+    """
+    shape = (len(target_RD) if target_RD.ndim else 0, hessian.num_inputs)
+    for name, tensor in (("weight", target_RD), ("keep", keep_RD), ("start", start_RD)):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise RecipeError(
+                f"{name} has shape {tuple(tensor.shape)} but the weight has {shape[0]} rows and the hessian "
+                f"{shape[1]} inputs"
+            )
+        if name == "keep":
+            if tensor.dtype != torch.bool:
+                raise RecipeError(f"keep must be boolean (True = the weight survives), got {tensor.dtype}")
+        elif not tensor.is_floating_point():
+            raise RecipeError(f"{name} must be a float tensor, got {tensor.dtype}")
+        elif not all_finite(tensor):
+            raise NumericalError(f"{name} contains NaN or Inf: repair the checkpoint first")
+    dtype = torch.float64 if target_RD.dtype == torch.float64 else torch.float32
+    keep_RD = keep_RD.to(hessian.device)
+    target_RD = target_RD.detach().to(hessian.device, dtype)
+    if bool(hessian.dead_D.any()):
+        target_RD = torch.where(hessian.dead_D, target_RD * keep_RD, target_RD)
+    problem = RowProblem(target_RD, keep_RD)
+    if start_RD is not None:
+        start_RD = torch.where(hessian.dead_D, target_RD, start_RD.detach().to(hessian.device, dtype))
+        problem = replace(problem, start_RD=problem.masked(start_RD))
+    return problem
 
 
 # Every row solver, made for a certified relative gap, by the name that recipes and reports call it.
