@@ -31,7 +31,7 @@ from optima.linear import Methods
 from optima.main_memory import total_memory
 from optima.models.blocks import Block, Linear, Stack, count_parameters, dense_notes, find_stacks, select_linears
 from optima.models.inspect import check_forward, check_length
-from optima.models.load import Source, dtype_as_read, find_source, orders_of, pinned, skeleton
+from optima.models.load import Source, dtype_as_read, find_source, skeleton
 from optima.models.masks import MaskFiles
 from optima.models.offload import Resident, Weights, open_weights
 from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
@@ -110,7 +110,7 @@ class Plan:
     @property
     def inputs(self) -> list[str | Path]:
         """Directories and files that the run reads."""
-        named = [self.source and self.source.local, self.recipe.mask_from, *self.recipe.dataset]
+        named = [self.source and self.source.place, self.recipe.mask_from, *self.recipe.dataset]
         return [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
 
     @property
@@ -141,7 +141,7 @@ def plan_run(
         structure = skeleton(source)
         if output_dir is None:
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
-        plan = resolve(structure, recipe, place, pinned(source), calibration, trust_remote_code)
+        plan = resolve(structure, recipe, place, source, calibration, trust_remote_code)
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
     ranks.check_sequences(plan.recipe.samples())
@@ -250,7 +250,7 @@ def chosen_stacks(model: nn.Module, recipe: Recipe) -> list[Stack]:
 
 def known_orders(source: Source | None, model: PreTrainedModel) -> Any:
     """The orders of the model's channels, read from disk or in memory; None if it has its own."""
-    return orders_of(source) if source is not None else orders_in_memory(model)
+    return read_orders(Path(source.path)) if source is not None else orders_in_memory(model)
 
 
 def _patterns(

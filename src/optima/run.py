@@ -33,7 +33,7 @@ from optima.files import stamps
 from optima.inputs import add_generated, batches_of_rank, load_calibration, make_store
 from optima.models.auxiliary import copies_tokenizer, to_save
 from optima.models.fingerprint import hash_tensors
-from optima.models.load import commit_of, load_tokenizer, weights_of
+from optima.models.load import load_tokenizer, weights_of
 from optima.models.masks import MaskFiles
 from optima.models.save import open_writer, prepare
 from optima.patterns import Unstructured
@@ -156,7 +156,7 @@ def prune(
             seconds = time.perf_counter() - started + run.resumed_seconds
             report = ranks.on_rank0(lambda: _report(network, plan, applied, text, run, peak, seconds))
             if run.writer is not None:
-                base = plan.source.path if plan.source is not None and plan.source.local is None else None
+                base = None if plan.source is None else plan.source.repo
                 run.writer.publish(lambda directory: _write_reports(applied, report, directory, base))
         run.progress.end(report)
     return report
@@ -253,7 +253,7 @@ def _report(
 ) -> Report:
     record = RunRecord(
         model=plan.name,
-        model_revision=None if plan.source is None else commit_of(plan.source),
+        model_revision=None if plan.source is None else plan.source.commit,
         processes=run.ranks.size,
         recipe=applied.to_dict(),
         versions=library_versions(),

@@ -75,7 +75,7 @@ def test_a_node_without_network_has_what_was_fetched(optima: Run, hub: StandInHu
     found = optima(*prune_arguments(*WANDA, model=MODEL), HF_HUB_OFFLINE="1")
     assert found.returncode == 0, found.stderr
     assert not (tmp_path / "out" / "LICENSE").exists()
-    assert "auxiliary files of team/model are not copied" in found.stderr
+    assert "of team/model only the files in the cache are used" in found.stderr
 
 
 def test_pickles_are_refused(optima: Run, hub: StandInHub, tmp_path: Path) -> None:

@@ -202,18 +202,13 @@ def test_no_gradients_to_tune_by() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_nothing_to_resume() -> None:
+def test_arguments_that_go_with_no_output() -> None:
     with pytest.raises(RecipeError, match="resume needs the output_dir"):
         prune(make_llama(), Recipe(), calibration=make_tokens(), resume=True)
     prune(make_llama(), Recipe(objective="sink"), calibration=make_tokens(), overwrite=True, resume=False)
 
 
-def test_a_tokenizer_by_its_name() -> None:
-    with pytest.raises(RecipeError, match="tokenizer must be one of transformers"):
-        prune(make_llama(), Recipe(), tokenizer="model", calibration=["a text"])  # type: ignore[arg-type]
-
-
-def test_callbacks_that_can_be_asked_for_once() -> None:
+def test_callbacks_may_be_an_iterator() -> None:
     class Counts(Callback):
         blocks = 0
 
@@ -223,12 +218,9 @@ def test_callbacks_that_can_be_asked_for_once() -> None:
     counts = Counts()
     prune(make_llama(), Recipe(objective="sink"), calibration=make_tokens(), callbacks=iter([counts]))  # type: ignore[arg-type]
     assert counts.blocks == 2
-
-
-@pytest.mark.parametrize("callbacks", [[print], Callback(), ["text"]])
-def test_callbacks_that_are_none(callbacks: Any) -> None:
-    with pytest.raises(RecipeError, match=r"callbacks must be a list of optima\.Callback objects"):
-        prune(make_llama(), Recipe(), calibration=make_tokens(), callbacks=callbacks)
+    for callbacks in ([print], Callback(), ["text"]):
+        with pytest.raises(RecipeError, match=r"callbacks must be a list of optima\.Callback objects"):
+            prune(make_llama(), Recipe(), calibration=make_tokens(), callbacks=callbacks)  # type: ignore[arg-type]
 
 
 def test_blocks_behind_the_last_target_are_neither_run_nor_moved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def pruned(model: Path, out: Path, **options: Any) -> dict[str, bytes | None]:
 @pytest.fixture
 def resident(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Runs hold the whole model in memory until this is undone."""
-    monkeypatch.setattr(optima.run, "open_weights", lambda *given: open_weights(*given[:3], whole=""))
+    monkeypatch.setattr(optima.run, "open_weights", lambda *args: open_weights(*args[:3], whole=""))
     return monkeypatch
 
 
@@ -185,7 +185,7 @@ def test_a_weight_that_is_not_finite_is_named(name: str, whole: bool, tmp_path: 
     tensors[name].view(-1)[3] = float("nan")
     save_file(tensors, tmp_path / "model" / WEIGHTS, {"format": "pt"})
     match = re.escape(f"tensor {name} has NaN") if whole else rf"{re.escape(WEIGHTS)}: tensor {re.escape(name)} has NaN"
-    given = load_model(find_source(str(tmp_path / "model"))) if whole else tmp_path / "model"
+    dense = load_model(find_source(str(tmp_path / "model"))) if whole else tmp_path / "model"
     options: dict[str, Any] = {"tokenizer": make_tokenizer(), "calibration": make_tokens(4).clamp_max(100)}
     with pytest.raises(NumericalError, match=match):
-        optima.prune(given, optima.Recipe(), output_dir=tmp_path / "out", **options)
+        optima.prune(dense, optima.Recipe(), output_dir=tmp_path / "out", **options)

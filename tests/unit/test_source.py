@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,11 @@ import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from tiny import WEIGHTS, save_model
-from transformers import LlamaForCausalLM
 
 import optima
 from optima.errors import ModelError
 from optima.models.load import (
     Source,
-    commit_of,
     dtype_as_read,
     explain_read_errors,
     find_source,
@@ -106,7 +105,7 @@ class TestConfiguration:
 
     def test_one_that_is_missing_on_the_hub(self) -> None:
         with pytest.raises(ModelError, match="the spelling, the network and, if it is private or gated, your login"):
-            load_config(find_source("nobody/nothing"))
+            find_source("nobody/nothing")
 
     @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
     def test_a_tokenizer_that_is_none(self, model: Path, name: str) -> None:
@@ -190,26 +189,48 @@ class TestRemoteCode:
         assert type(skeleton(trusted([], AutoModel="XModel"))).__name__ == "XModel"
 
 
-class TestRevision:
-    def test_of_a_snapshot_of_the_hub(self, model: Path) -> None:
+class TestHub:
+    """The cache of the hub's client, filled by a download of ours."""
+
+    @pytest.fixture
+    def asked(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         snapshot = model.parent / "models--a--b" / "snapshots" / "0123abc"
         snapshot.parent.mkdir(parents=True)
         model.rename(snapshot)
-        assert commit_of(find_source(str(snapshot))) == "0123abc"
+        asked: list[tuple[Any, ...]] = []
 
-    def test_of_a_local_model(self, model: Path) -> None:
-        assert commit_of(find_source(str(model))) is None
-        with pytest.raises(ModelError, match="is a local model and has no revision 'main'"):
-            find_source(f"{model}@main")
+        def download(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+            asked.append((repo, revision, allow_patterns))
+            return str(snapshot)
 
-    def test_of_a_hub_model_is_passed_on(self) -> None:
-        assert find_source("a/b@v1").arguments["revision"] == "v1"
-        assert "revision" not in find_source("a/b").arguments
+        monkeypatch.setattr("optima.models.load.snapshot_download", download)
+        return asked
+
+    def test_a_revision_is_downloaded_and_its_commit_known(self, asked: list[tuple[Any, ...]]) -> None:
+        source = find_source("a/b@v1")
+        assert (source.repo, source.commit) == ("a/b", "0123abc")
+        load_model(source)
+        ((repo, revision, patterns), weights) = asked
+        assert (repo, revision, weights) == ("a/b", "v1", ("a/b", "0123abc", [WEIGHTS]))
+        assert not [pattern for pattern in patterns if fnmatchcase(WEIGHTS, pattern)]
+        for name in ("LICENSE.txt", "License", "notice.md", "1_Pooling/config.json"):
+            assert any(fnmatchcase(name, pattern) for pattern in patterns), name
+
+    def test_code_is_downloaded_if_it_is_trusted(self, asked: list[tuple[Any, ...]]) -> None:
+        find_source("a/b")
+        find_source("a/b", trust_remote_code=True)
+        assert ["*.py" in patterns for _, _, patterns in asked] == [False, True]
+
+
+def test_a_local_model_has_no_revision(model: Path) -> None:
+    assert find_source(str(model)).commit is None
+    with pytest.raises(ModelError, match="is a local model and has no revision 'main'"):
+        find_source(f"{model}@main")
 
 
 @pytest.mark.parametrize("error", HfHubHTTPError.__bases__)
 def test_a_download_that_breaks_off_is_explained(error: type[Exception]) -> None:
-    with pytest.raises(ModelError, match="cut off"), explain_read_errors(find_source("owner/name"), "weights"):
+    with pytest.raises(ModelError, match="cut off"), explain_read_errors(Source("owner/name", ""), "weights"):
         raise error("cut off")
 
 
@@ -248,22 +269,6 @@ def test_the_dtype_of_the_language_part() -> None:
     config.dtype, config.text_config.dtype = None, torch.bfloat16
     assert dtype_as_read(config, "auto") == torch.bfloat16
     assert dtype_as_read(config, "float32") == torch.float32
-
-
-@pytest.mark.parametrize(("device", "expected"), [("cuda:1", {"": torch.device("cuda", 1)}), ("cpu", None)])
-def test_a_card_is_given_weights_without_a_stay_in_main_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, expected: object
-) -> None:
-    """There is no card here: transformers is asked for one, and loads into main memory."""
-    seen, load = [], LlamaForCausalLM.from_pretrained
-
-    def loading(*args: Any, device_map: object = None, **options: Any) -> Any:
-        seen.append(device_map)
-        return load(*args, **options)
-
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", loading)
-    load_model(find_source(str(save_model(tmp_path / "model"))), "auto", torch.device(device))
-    assert seen == [expected]
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors"])

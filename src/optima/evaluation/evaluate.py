@@ -22,7 +22,7 @@ from optima.evaluation.compare import compare, estimate
 from optima.evaluation.perplexity import PROTOCOLS, WindowMeans, evaluation_windows, measure_windows
 from optima.evaluation.record import ComparisonRecord, DivergenceRecord, Evaluation, ModelRecord, PerplexityRecord
 from optima.evaluation.tasks import BATCH_SIZE, find_items, load_tasks, zero_shot
-from optima.models.load import Source, commit_of, find_source, load_model, load_tokenizer, pinned
+from optima.models.load import Source, find_source, load_model, load_tokenizer
 from optima.reporting.record import library_versions
 from optima.stopping import interruptible, stop_if_asked
 
@@ -79,7 +79,7 @@ def evaluate(
     place = find_device(device)
     subjects: list[tuple[Source, PreTrainedTokenizerBase, Tensor, str | None]] = []
     for name in models:
-        source = pinned(find_source(name, trust_remote_code))
+        source = find_source(name, trust_remote_code)
         tokenizer = load_tokenizer(source)
         tokens_NL, revision = torch.zeros(0, 0, dtype=torch.int64), None
         if dataset:
@@ -100,7 +100,7 @@ def evaluate(
                 model = load_model(source, dtype, place)
                 model.register_forward_pre_hook(lambda *_: stop_if_asked())
                 started, loss_N = time.perf_counter(), torch.zeros(0)
-                record = ModelRecord(source.name, commit_of(source), dtype_name(model.dtype), 0.0)
+                record = ModelRecord(source.name, source.commit, dtype_name(model.dtype), 0.0)
                 if dataset:
                     means = _measure(model, tokens_NL, reference, batch_size or 1, log)
                     loss_N, (num_windows, length) = means.loss_N, tokens_NL.shape

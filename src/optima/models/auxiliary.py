@@ -10,34 +10,20 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import metadata_load, metadata_save, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import metadata_load, metadata_save
 from transformers import PreTrainedTokenizerBase
 
-from optima.files import TEMPLATES, TOKENIZERS, explain_write_errors
-from optima.models.load import Source, explain_read_errors, find_file
-from optima.models.ordered import ORDERING_NAME
+from optima.files import explain_write_errors
+from optima.models.load import AUXILIARY, CODE, README, Source
 
 _logger = logging.getLogger("optima")
 
 TOKENIZER = "tokenizer.json"  # of the tokenizers library
-PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-MODULES = "modules.json"  # of sentence encoders: names the directories of their pooling and dense modules
-SENTENCES = (MODULES, "sentence_*config.json", "config_sentence_transformers.json")
-MODULE_FILES = ("*.json", "*.txt", "*.safetensors")
-# The licence of many models asks to be passed on with them; in letters of either case.
-LICENCES = [
-    "".join(f"[{c}{c.lower()}]" if c.isupper() else c for c in pattern)
-    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-]
-COPIED = (*TOKENIZERS, f"{TEMPLATES}/*.jinja", *PROCESSORS, *SENTENCES, *LICENCES, ORDERING_NAME)
-CODE, CODE_MAP = "*.py", "auto_map"  # the classes of a checkpoint's own code, in its configurations
-README = "README.md"  # of the dense model: of its text nothing is passed on
+CODE_MAP = "auto_map"  # of configurations: the classes of a checkpoint's own code
 # What of its head is true of the pruned model too; the card is made at the end of a run (reporting/model_card.py).
 CARD_KEYS = (
     *("license", "license_name", "license_link", "base_model", "tags", "language"),
@@ -53,20 +39,9 @@ def copy_auxiliary_files(source: Source, directory: Path) -> None:
     """
     if source.gguf_file is not None:
         return
-    patterns = [*COPIED, *([CODE] if source.trust_remote_code else [])]
-    with explain_read_errors(source, "model"):
-        try:
-            origin = _fetch(source, [*patterns, README])
-            modules = [f"{module}/{pattern}" for module in _modules(origin) for pattern in MODULE_FILES]
-            origin = _fetch(source, modules) if modules else origin
-        except LocalEntryNotFoundError as error:  # the hub cannot be reached, and few models have all of these files
-            config = find_file(source, "config.json")
-            if config is None:
-                raise
-            _logger.warning("some auxiliary files of %s are not copied: %s", source.name, error)
-            origin, modules = config.parent, []
+    origin, code = Path(source.path), [CODE] if source.trust_remote_code else []
     with explain_write_errors(directory):
-        for file in sorted({file for pattern in (*patterns, *modules) for file in origin.glob(pattern)}):
+        for file in sorted({file for pattern in (*AUXILIARY, *code) for file in origin.glob(pattern)}):
             if not _inside(file, origin):
                 _logger.warning("%s is a link that leaves the model's directory and is not copied", file)
             elif file.is_file():
@@ -74,29 +49,26 @@ def copy_auxiliary_files(source: Source, directory: Path) -> None:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
         card = _card(origin / README)
-        if source.local is None:  # a later run reads this from a local directory, and cannot know
-            card["base_model"] = source.path
+        if source.repo:  # a later run reads this from a local directory, and cannot know
+            card["base_model"] = source.repo
         if card:
             metadata_save(directory / README, card)
 
 
 def copies_tokenizer(source: Source) -> bool:
     """Whether ``copy_auxiliary_files`` copies the whole tokenizer."""
-    if source.gguf_file is not None:
-        return False
-    with explain_read_errors(source, "tokenizer"):
-        file = find_file(source, TOKENIZER)
-    return file is not None and (source.local is None or _inside(file, source.local))
+    file = Path(source.path, TOKENIZER)
+    return source.gguf_file is None and file.is_file() and _inside(file, Path(source.path))
 
 
 def to_save(
-    source: Source | None, given: PreTrainedTokenizerBase | None, read: PreTrainedTokenizerBase | None
+    source: Source | None, callers: PreTrainedTokenizerBase | None, read: PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer that has to be saved: the caller's, or the one that was read, unless its own files are copied.
 
-    What transformers writes anew is in the words of its own release, which others may not know.
+    What transformers writes anew, other releases of it may not be able to read.
     """
-    return None if given is None and source is not None and copies_tokenizer(source) else read
+    return None if callers is None and source is not None and copies_tokenizer(source) else read
 
 
 def forget_missing_code(directory: Path) -> None:
@@ -127,25 +99,12 @@ def _is_there(code: Any, directory: Path) -> bool:
     return all("--" in name or (directory / f"{name.partition('.')[0]}.py").is_file() for name in names)
 
 
-def _fetch(source: Source, patterns: Iterable[str]) -> Path:
-    return source.local or Path(snapshot_download(source.path, allow_patterns=list(patterns), **source.of_hub))
-
-
 def _inside(file: Path, origin: Path) -> bool:
     """True if ``file`` is below ``origin`` itself or, in a snapshot of the hub's cache, in the same repository."""
     home = origin.resolve()
     if home.parent.name == "snapshots":
         home = home.parent.parent
     return file.resolve().is_relative_to(home)
-
-
-def _modules(origin: Path) -> list[str]:
-    """The directories that a sentence encoder names, but for the model's own."""
-    file = origin / MODULES
-    if not file.is_file() or not _inside(file, origin):
-        return []
-    paths = [PurePosixPath(module["path"]) for module in json.loads(file.read_text(encoding="utf-8"))]
-    return [str(path) for path in paths if path.parts and not path.is_absolute() and ".." not in path.parts]
 
 
 def _card(file: Path) -> dict[str, Any]:

@@ -405,7 +405,7 @@ def is_expert(linear: Linear) -> bool:
 def routers_of(block: nn.Module) -> Iterator[str]:
     """Names inside the block of the linears that route tokens to experts, or choose those that attention sees.
 
-    One output is a gate. Otherwise the name says so: router, or gate and wg beside experts. The gate of an ordinary MLP
+    One output is a gate. Otherwise the name says so: router, or gate and wg near experts. The gate of an ordinary MLP
     is called gate_proj, and has no experts near it.
     """
     modules = dict(block.named_modules())
@@ -415,9 +415,9 @@ def routers_of(block: nn.Module) -> Iterator[str]:
         parts = name.split(".")
         around = [modules[".".join(parts[:-up])] for up in (1, 2) if up <= len(parts)]
         near = (child for up in around for child, _ in (*up.named_children(), *up.named_parameters(recurse=False)))
-        beside_experts = any("expert" in child for child in near)
+        near_experts = any("expert" in child for child in near)
         named = INDEXER in parts or any(ROUTER in part for part in parts)
-        if module.out_features == 1 or named or (beside_experts and ROUTERS & set(parts[-2:])):
+        if module.out_features == 1 or named or (near_experts and ROUTERS & set(parts[-2:])):
             yield name
 
 

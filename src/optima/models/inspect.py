@@ -19,7 +19,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
-    """What makes logits of words; some models that see leave it to the language model inside (Nemotron-H Omni)."""
+    """The LM head; some vision-language models leave it to the language model inside (Nemotron-H Omni)."""
     if not isinstance(model, PreTrainedModel):
         return None
     own: nn.Module | None = model.get_output_embeddings()
@@ -57,8 +57,8 @@ def check_length(model: nn.Module, length: int) -> None:
     """Raise ``ModelError`` if ``model``, or its skeleton, reads no token sequences of ``length``."""
     check_forward(model)
     what = ""
-    if "input_ids" not in (arguments := arguments_of(model)):
-        what = f"{getattr(model, 'main_input_name', next(iter(arguments), 'nothing'))}, not text"
+    if "input_ids" not in arguments_of(model):
+        what = f"{getattr(model, 'main_input_name', 'nothing')}, not text"
     elif hasattr(model, "get_text_features"):  # CLIP and those after it: a tower for each of what they compare
         what = "text with images or sounds, not text alone"
     if what:
@@ -87,12 +87,9 @@ def num_positions(model: nn.Module) -> int | None:
     if not isinstance(positions, int) or positions < 1:  # XLNet says -1
         return None
     # RoBERTa's family counts positions from behind the padding's.
-    unused = [
-        module.padding_idx + 1
-        for name, module in model.named_modules()
-        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None
-    ]
-    return positions - max(unused, default=0)
+    names = (name for name, _ in model.named_modules() if "position" in name)
+    unused = [getattr(model.get_submodule(name), "padding_idx", None) for name in names]
+    return positions - max((index + 1 for index in unused if index is not None), default=0)
 
 
 def check_vocabulary(model: nn.Module, tokens_NL: Tensor) -> None:

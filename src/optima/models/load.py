@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, StrictDataclassError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from safetensors import SafetensorError
 from transformers import (
@@ -31,8 +31,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import has_file
 
 from optima.errors import ModelError
-from optima.files import PACKED, shards, stamps, usable_path
-from optima.models.ordered import ORDERING_NAME, read_orders
+from optima.files import PACKED, TEMPLATES, TOKENIZERS, shards, stamps, usable_path
+from optima.models.ordered import ORDERING_NAME
 
 _logger = logging.getLogger("optima")
 
@@ -48,6 +48,21 @@ UNREADABLE: tuple[type[Exception], ...] = (
     struct.error,
 )
 LANGUAGE_MODEL, LANGUAGE_MODELS = "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")
+# The licence of many models asks to be passed on with them; in letters of either case.
+LICENCES = [
+    "".join(f"[{c}{c.lower()}]" if c.isupper() else c for c in pattern)
+    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+]
+AUXILIARY = (
+    *(*TOKENIZERS, f"{TEMPLATES}/*.jinja", *LICENCES),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    # Of sentence encoders; their pooling and dense modules are in directories of their own.
+    *("modules.json", "sentence_*config.json", "config_sentence_transformers.json"),
+    *("[0-9]_*/*.json", "[0-9]_*/*.txt", "[0-9]_*/*.safetensors"),
+    ORDERING_NAME,
+)
+CODE, README = "*.py", "README.md"
+SMALL_FILES = ["*.json", "*.txt", *AUXILIARY, README]  # of a hub model, before its weights
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
 HUB_REMEDY = (
@@ -60,71 +75,94 @@ LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from, in the words of ``from_pretrained``.
+    """Where a model comes from.
 
     Attributes:
         name: what the user typed.
-        path: hub id or directory.
+        path: its directory on this disk; of a hub model that in the cache, without the weights until they are needed.
         gguf_file: the GGUF file inside it, if it is one.
         trust_remote_code: run the checkpoint's own modelling code.
-        revision: branch, tag or commit of a hub model; None for its main branch.
+        repo: the repository of a hub model.
     """
 
     name: str
     path: str
     gguf_file: str | None = None
     trust_remote_code: bool = False
-    revision: str | None = None
+    repo: str | None = None
 
     @property
-    def local(self) -> Path | None:
-        """Its directory or GGUF file on this disk; None if it lives on the hub."""
-        return Path(self.path, self.gguf_file or "") if Path(self.path).is_dir() else None
+    def place(self) -> Path:
+        """Its directory or GGUF file."""
+        return Path(self.path, self.gguf_file or "")
 
     @property
-    def of_hub(self) -> dict[str, Any]:
-        """Keyword arguments that every call to the hub shares."""
-        return {"revision": self.revision} if self.revision else {}
+    def commit(self) -> str | None:
+        """The commit of a directory in the hub's cache; None of other directories."""
+        home = Path(self.path).resolve()
+        return next((each.name for each in (home, *home.parents) if each.parent.name == "snapshots"), None)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments that every ``from_pretrained`` call shares."""
         of_gguf = {"gguf_file": self.gguf_file} if self.gguf_file else {}
-        return {"trust_remote_code": self.trust_remote_code, **self.of_hub, **of_gguf}
+        return {"trust_remote_code": self.trust_remote_code, **of_gguf}
 
 
 def find_source(name: str, trust_remote_code: bool = False) -> Source:
     """The model that the user named: a local directory, a GGUF file, or a hub id, as ``NAME`` or ``NAME@REVISION``.
 
+    Of a hub model all but the weights is downloaded; of GGUF files, all.
+
     Raises:
-        ModelError: if a local path does not hold a safetensors or GGUF checkpoint.
+        ModelError: if there is none, or it has no safetensors or GGUF weights.
     """
     path = usable_path(name, "the model", "give a hub id, a local model directory or a GGUF file")
-    revision = None
-    if "@" in name and not path.exists():
-        name, _, revision = name.partition("@")
-        path = Path(name).expanduser()
-    place: dict[str, str] = {"path": name}
-    parts = name.split("/")
+    if name.endswith(".gguf") and find_spec("gguf") is None:
+        raise ModelError(f"{name} is read with the package gguf, which is not installed: pip install gguf")
     if path.is_dir():
         _check_directory(path)
-        place = {"path": str(path)}
-    elif path.is_file() and name.endswith(".gguf"):
-        place = {"path": str(path.parent), "gguf_file": path.name}
-    elif path.is_file():
+        return Source(name, str(path), None, trust_remote_code)
+    if path.is_file() and name.endswith(".gguf"):
+        return Source(name, str(path.parent), path.name, trust_remote_code)
+    if path.is_file():
         raise ModelError(f"{name} is a file: give the directory that it is in, {path.parent}, or a GGUF file")
-    elif name.endswith(".gguf") and len(parts) > 2 and not path.is_absolute() and parts[0] not in (".", "..", "~"):
-        place = {"path": "/".join(parts[:2]), "gguf_file": "/".join(parts[2:])}
-    elif name.endswith(".gguf"):
-        raise ModelError(f"there is no file {name}: give a local GGUF file, or owner/repository/file.gguf on the hub")
-    elif path.is_absolute() or name.startswith((".", "~")) or len(parts) > 2:
-        raise ModelError(f"there is no directory {name}: give a hub id, a local model directory or a GGUF file")
-    source = Source(name, trust_remote_code=trust_remote_code, revision=revision or None, **place)
-    if source.revision is not None and source.local:
-        raise ModelError(f"{name} is a local model and has no revision {revision!r}: leave out @{revision}")
-    if source.gguf_file and find_spec("gguf") is None:
-        raise ModelError(f"{name} is read with the package gguf, which is not installed: pip install gguf")
+    repo, _, revision = name.partition("@")
+    if Path(repo).expanduser().exists():
+        raise ModelError(f"{repo} is a local model and has no revision {revision!r}: leave out @{revision}")
+    return _on_hub(Source(name, "", None, trust_remote_code, repo), revision or None)
+
+
+def _on_hub(source: Source, revision: str | None) -> Source:
+    name, repo = source.name, source.repo or ""
+    parts, is_file = repo.split("/"), repo.endswith(".gguf")
+    if parts[0] in ("~", "", ".", "..") or (len(parts) < 3 if is_file else len(parts) > 2):
+        what = "owner/repository/file.gguf on the hub, or a local file" if is_file else "a hub id, or a local directory"
+        raise ModelError(f"there is no {'file' if is_file else 'directory'} {name}: give {what}")
+    with explain_read_errors(source, "model"):
+        if is_file:
+            repo = "/".join(parts[:2])
+            file = Path(hf_hub_download(repo, "/".join(parts[2:]), revision=revision))
+            return replace(source, path=str(file.parent), gguf_file=file.name, repo=repo)
+        code = [CODE] if source.trust_remote_code else []
+        source = replace(source, path=str(_download(repo, revision, [*SMALL_FILES, *code])))
+        known = (INDEX, WEIGHTS)
+        if not any((source.place / each).is_file() or has_file(repo, each, source.commit) for each in known):
+            raise ModelError(
+                f"{name} has neither {WEIGHTS} nor {INDEX}, and pickle files can run any code when opened: convert "
+                "them to safetensors first (load with torch and save with model.save_pretrained), or check the network"
+            )
     return source
+
+
+def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    """The directory in the cache with the files that match; without a network, with those that it has."""
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        directory = Path(hf_hub_download(repo, "config.json", revision=revision)).parent
+        _logger.warning("of %s only the files in the cache are used: %s", repo, error)
+        return directory
 
 
 def _check_directory(path: Path) -> None:
@@ -156,40 +194,20 @@ def weight_files(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
 
 
-def find_file(source: Source, name: str) -> Path | None:
-    """A file of the model, downloaded if it is on the hub; None if there is none of that name."""
-    if source.local:
-        return path if (path := source.local / name).is_file() else None
-    try:
-        return Path(hf_hub_download(source.path, name, **source.of_hub))
-    except EntryNotFoundError:
-        return None
-
-
 def fetch_weights(source: Source) -> list[Path]:
     """The safetensors files that transformers would read, downloaded if they are on the hub.
 
     Raises:
         OSError: if there are none, or one that the index names is missing.
     """
-    if source.local:
-        return weight_files(source.local)
-    if file := find_file(source, WEIGHTS):
-        return [file]
-    index = find_file(source, INDEX)
-    if index is None:
-        raise OSError(f"there is neither {WEIGHTS} nor {INDEX}")
-    found = {name: find_file(source, name) for name in shards(index)}
-    if missing := [name for name, path in found.items() if path is None]:
+    directory = Path(source.path)
+    if source.repo:
+        names = shards(directory / INDEX) if (directory / INDEX).is_file() else [WEIGHTS]
+        _download(source.repo, source.commit, names)
+    files = weight_files(directory)
+    if missing := [file.name for file in files if not file.is_file()]:
         raise OSError(f"{missing[0]} is missing")
-    return [path for path in found.values() if path is not None]
-
-
-def orders_of(source: Source) -> Any:
-    """As ``read_orders``, of a local model or one on the hub."""
-    with explain_read_errors(source, "model"):
-        file = find_file(source, ORDERING_NAME)
-    return read_orders(None if file is None else file.parent)
+    return files
 
 
 def load_config(source: Source) -> PretrainedConfig:
@@ -210,33 +228,12 @@ def load_config(source: Source) -> PretrainedConfig:
     return config
 
 
-def pinned(source: Source) -> Source:
-    """The same model at the commit of its configuration in the cache: a branch may move while the rest is fetched."""
-    file = None if source.local else find_file(source, source.gguf_file or "config.json")
-    return source if file is None else replace(source, revision=_commit(file.parent) or source.revision)
-
-
-def _commit(directory: Path) -> str | None:
-    """The commit of a directory in the hub's cache."""
-    for folder in (directory, *directory.parents):
-        if folder.parent.name == "snapshots":
-            return folder.name
-    return None
-
-
-def commit_of(source: Source) -> str | None:
-    """The commit of a pinned model of the hub, or of a directory in the hub's cache; None for other directories."""
-    if source.local is None:
-        return source.revision
-    return _commit(Path(source.path).resolve())
-
-
 def weights_of(source: Source) -> dict[str, Any]:
-    """What identifies the weights of a pinned source: the commit, or sizes and times of its files."""
-    if source.local is None:
-        return {"commit": source.revision}
+    """What identifies the weights of a source: the commit of a hub model, or sizes and times of its files."""
+    if source.repo:
+        return {"commit": source.commit}
     with explain_read_errors(source, "weights"):
-        return stamps([source.local] if source.gguf_file else weight_files(source.local))
+        return stamps([source.place] if source.gguf_file else weight_files(source.place))
 
 
 def auto_class(auto_map: Mapping[str, Any], names: Sequence[str]) -> str | None:
@@ -290,11 +287,9 @@ def skeleton(source: Source) -> PreTrainedModel:
     """The model's modules on the meta device, in evaluation mode: shapes and names, no weights.
 
     Raises:
-        ModelError: if the configuration cannot be read or built, or no weights go with it.
+        ModelError: if the configuration cannot be read or built.
     """
     config = load_config(source)
-    with explain_read_errors(source, "weights"):
-        check_safetensors(pinned(source))
     cls = model_class(config, source)
     with explain_read_errors(source, "configuration"), torch.device("meta"):
         if hasattr(cls, "from_config"):  # an Auto class
@@ -325,7 +320,7 @@ def load_model(source: Source, dtype: str = "auto", device: torch.device | None 
         device: where they go, without a stay in main memory; None: into that.
 
     Raises:
-        ModelError: if the weights cannot be found or read, or exist only as pickle files.
+        ModelError: if the weights cannot be found or read.
     """
     return load_whole(source, dtype, device)[0]
 
@@ -343,26 +338,12 @@ def load_whole(
         arguments["device_map"] = {"": device}
     cls = model_class(config, source)
     with explain_read_errors(source, "weights"):
-        check_safetensors(source)
+        if not source.gguf_file:
+            fetch_weights(source)
         model, loading = cls.from_pretrained(source.path, dtype=dtype, **LOADING, **source.arguments, **arguments)
     assert isinstance(model, PreTrainedModel)
     check_complete(source, model, loading)
     return model.eval(), frozenset(loading["missing_keys"])
-
-
-def check_safetensors(source: Source) -> None:
-    """Of a hub model: transformers would load what others propose as a conversion of pickle files.
-
-    Raises:
-        ModelError: if it has no weights in safetensors format. None are downloaded.
-    """
-    if source.local or source.gguf_file:
-        return
-    if not any(has_file(source.path, name, **source.of_hub) for name in (WEIGHTS, INDEX)):
-        raise ModelError(
-            f"{source.name} has neither {WEIGHTS} nor {INDEX}, and pickle files can run any code when opened: convert "
-            "them to safetensors first (load with torch and save with model.save_pretrained), or check the network"
-        )
 
 
 def check_complete(source: Source, model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
@@ -420,7 +401,7 @@ def explain_read_errors(source: Source, what: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        remedy = "check that its files are complete and go together" if source.local else HUB_REMEDY
+        remedy = "check that its files are complete and go together" if source.path else HUB_REMEDY
         if "trust_remote_code" in str(error):
             remedy = "if you trust the code that comes with it, run it with --trust-remote-code"
         detail = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 
@@ -26,8 +24,8 @@ class MaskFiles:
         path: a Hugging Face directory with safetensors, in which a weight survives where it is not zero, or one
             safetensors file of bool or uint8 tensors (1 = the weight survives), each called like its linear, with or
             without ``.weight``. Masks have the shape in which the model stores the weight, or, of one expert of a fused
-            parameter and called by its number, outputs x inputs. What a directory stores
-            under other names, or in parts, as experts often are, is read as transformers reads it.
+            parameter and called by its number, outputs x inputs. What a directory stores under other names, or in
+            parts, as experts often are, is read as transformers reads it.
         trust_remote_code: run the code that comes with a checkpoint, to read it so.
     """
 
@@ -53,7 +51,12 @@ class MaskFiles:
             )
         found: dict[str, tuple[Path, str]] = {}
         for file in files:
-            for key in _keys(file):
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    keys = list(tensors.keys())
+            except (OSError, SafetensorError) as error:
+                raise RecipeError(f"mask_from: {file} is not a safetensors file ({error})") from error
+            for key in keys:
                 other, known = found.setdefault(key.removesuffix(".weight"), (file, key))
                 if (other, known) != (file, key):
                     raise RecipeError(
@@ -67,23 +70,13 @@ class MaskFiles:
         source = find_source(str(self.path), self._trusted)
         return open_checkpoint(source, skeleton(source), "auto")
 
-    @cached_property
-    def _stored_names(self) -> _Names:
-        return _Names(self.files)
-
-    @cached_property
-    def _model_names(self) -> _Names:
-        return _Names(key.removesuffix(".weight") for key in self._checkpoint.names)
-
     def check_names(self, known: Collection[str]) -> None:
         """Raise ``RecipeError`` if a file of masks has one for something that is not in ``known``."""
-        of_model = _Names(known)
-        for name in () if self.path.is_dir() else self.files:
-            if not of_model.alike(name):
-                raise RecipeError(
-                    f"mask_from {self.path}: the model has no linear {name}: rename the mask as the model calls the "
-                    f"linear (for example {some(known) or 'none'}), or remove it"
-                )
+        if not self.path.is_dir() and (unknown := self.files.keys() - known):
+            raise RecipeError(
+                f"mask_from {self.path}: the model has no linear {min(unknown)}: rename the mask as the model calls "
+                f"the linear (for example {some(known) or 'none'}), or remove it"
+            )
 
     def keep_OD(self, linear: Linear) -> Tensor:
         """A linear's mask, bool, outputs x inputs, True = the weight survives.
@@ -91,11 +84,11 @@ class MaskFiles:
         Raises:
             RecipeError: if there is none, or it has another dtype or shape or other values than a mask.
         """
-        key = self._find(linear.name)
-        if self._last is None or self._last[0] != key:
-            self._last = key, self._read(key)
+        name = self._find(linear)
+        if self._last is None or self._last[0] != name:
+            self._last = name, self._read(name)
         keep = self._last[1]
-        alone = linear.expert is not None and _same(key, linear.name)  # else one mask of all experts
+        alone = linear.expert is not None and name == linear.name  # else one mask of all experts
         shape = torch.Size(linear.shape) if alone else linear.parameter.shape
         if keep.shape != shape:
             raise RecipeError(
@@ -104,81 +97,37 @@ class MaskFiles:
             )
         return keep if alone else linear.orient(keep)
 
+    def _find(self, linear: Linear) -> str:
+        """The name of a linear's mask among ``files``, or else in the model that a directory holds."""
+        names = [linear.name, *([linear.name.rpartition(".")[0]] if linear.expert else [])]
+        found, why = [name for name in names if name in self.files], ""
+        if not found and (self.path / "config.json").is_file():
+            try:
+                known = self._checkpoint.names.keys()
+                found = [key for name in names for key in (name, f"{name}.weight") if key in known]
+            except (ModelError, UnstreamableError) as error:
+                why = f", nor one that transformers would make of these: {error}"
+        if not found:
+            raise RecipeError(
+                f"mask_from {self.path} has no mask for {linear.name} (it has {some(self.files) or 'none'}){why}: add "
+                f"it, or leave the linear out with --ignore '{linear.name}'"
+            )
+        return found[0]
+
     def _read(self, name: str) -> Tensor:
         if name in self.files:
             file, key = self.files[name]
             with safe_open(file, framework="pt") as tensors:
                 stored: Tensor = tensors.get_tensor(key)
         else:
-            key = name if name in self._checkpoint.names else f"{name}.weight"
-            self._checkpoint.read([key])
-            stored = self._checkpoint.model.get_parameter(key).detach()
-            self._checkpoint.release([key])
+            self._checkpoint.read([name])
+            stored = self._checkpoint.model.get_parameter(name).detach()
+            self._checkpoint.release([name])
         if not self.path.is_dir() and stored.dtype not in (torch.bool, torch.uint8):
             raise RecipeError(
-                f"mask_from {self.path}: {key} is {stored.dtype}, not bool or uint8: save masks as bool, or "
+                f"mask_from {self.path}: {name} is {stored.dtype}, not bool or uint8: save masks as bool, or "
                 "name the directory of a checkpoint to take its zeros"
             )
         if stored.dtype == torch.uint8 and bool((stored > 1).any()):
-            raise RecipeError(f"mask_from {self.path}: {key} has values above 1: a mask is 0 (pruned) or 1 (kept)")
+            raise RecipeError(f"mask_from {self.path}: {name} has values above 1: a mask is 0 (pruned) or 1 (kept)")
         return stored != 0
-
-    def _find(self, name: str) -> str:
-        """The stored name of a linear, or else the one that it has in the model that a directory holds."""
-        found, why = self._stored_names.matches(name), ""
-        if not found and (self.path / "config.json").is_file():
-            try:
-                found = self._model_names.matches(name)
-            except (ModelError, UnstreamableError) as error:
-                why = f", nor one that transformers would make of these: {error}"
-        if len(found) != 1:
-            raise RecipeError(
-                f"mask_from {self.path} has {'no' if not found else 'more than one'} mask for {name} (it has "
-                f"{some(self.files) or 'none'}){why}: add it, or leave the linear out with --ignore '{name}'"
-            )
-        return found[0]
-
-
-class _Names:
-    """Names of masks, or of linears, to be found among many."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._by_tail: defaultdict[str, list[str]] = defaultdict(list)
-        for name in names:
-            self._by_tail[_tail(name)].append(name)
-
-    def matches(self, linear: str) -> list[str]:
-        """Which are a linear's mask: called like it, or the same but for the prefix of the model around.
-
-        Experts of one fused parameter share the mask that is called like it.
-        """
-        fused = linear.rpartition(".")[0]
-        found = sorted({*self.alike(linear), *self.alike(fused)})
-        exact = [each for each in (linear, fused) if each in found]
-        return exact[:1] or found
-
-    def alike(self, name: str) -> list[str]:
-        """Those that differ at most by the prefix."""
-        return [other for other in self._by_tail.get(_tail(name), ()) if _same(name, other)]
-
-
-def _tail(name: str) -> str:
-    """What names that are ``_same`` share at least: from the first number on, or the last part."""
-    found = re.search(r"[^.]*\d.*|[^.]*$", name)
-    assert found is not None
-    return found[0]
-
-
-def _same(first: str, second: str) -> bool:
-    """Whether two names differ at most by what is around the stack of blocks, in which nothing is numbered."""
-    shorter, longer = sorted((first, second), key=len)
-    around = longer.removesuffix(shorter)
-    return around + shorter == longer and (not around or (around.endswith(".") and not re.search(r"\d", around)))
-
-
-def _keys(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
-    except (OSError, SafetensorError) as error:
-        raise RecipeError(f"mask_from: {file} is not a safetensors file ({error})") from error

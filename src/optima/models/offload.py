@@ -402,7 +402,7 @@ def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> C
         )
         if model.can_generate():
             with suppress(OSError):  # without a file it is made of the model's configuration
-                model.generation_config = GenerationConfig.from_pretrained(source.path, **source.of_hub)
+                model.generation_config = GenerationConfig.from_pretrained(source.path)
     model.config.name_or_path = source.path
     check_complete(source, model, loading)
     if loading["missing_keys"]:

@@ -29,7 +29,7 @@ def mark_ordered(model: nn.Module, channels: list[dict[str, Any]]) -> None:
 
 
 def orders_in_memory(model: nn.Module) -> Any:
-    """The orders of the channels of a model in memory, given there or where it was read from; None: as it came."""
+    """The orders of the channels of a model in memory, by its mark or its directory; None: as it came."""
     if _MARK in vars(model):
         return vars(model)[_MARK]
     return read_orders(_home_of(model))

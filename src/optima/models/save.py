@@ -31,7 +31,7 @@ from optima.models.offload import Resident, Weights
 from optima.models.ordered import write_orders
 from optima.stopping import stop_if_asked
 
-ONE_FILE = 2**62  # bytes in a shard: whatever is given goes into one
+ONE_FILE = 2**62  # bytes in a shard: no shard is split
 OUTSIDE = ""  # the group of what is in no block
 LARGE_BYTES = 2**30  # an embedding above this has a file of its own, so that no more is in memory at a time
 
@@ -197,7 +197,7 @@ class Writer:
         """Write the blocks that were not committed and everything outside blocks, the reports, and last the index.
 
         Args:
-            write_reports: is given the directory, to write what else belongs there.
+            write_reports: is called with the directory, to write other files.
 
         Raises:
             ModelError: if the disk fails.
