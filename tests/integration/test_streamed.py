@@ -17,7 +17,7 @@ import optima
 import optima.plan
 from optima.errors import NumericalError
 from optima.models.load import find_source, load_model, skeleton
-from optima.models.offload import Checkpoint, Streamed, open_weights
+from optima.models.offload import Streamed, open_weights
 
 REPORTS = ("report.json", "report.md", "report.html")
 CHEAP = {"selector": "wanda", "objective": "sink"}
@@ -76,13 +76,14 @@ def streamed(model: PreTrainedModel, directory: Path) -> tuple[PreTrainedModel, 
 def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a batch that finds it there does not ask for it again."""
     seen: list[set[str]] = []
-    read = Checkpoint.read
+    read = Streamed.read
 
-    def note(self: Checkpoint, names: list[str]) -> None:
-        read(self, names)
+    def note(self: Streamed, names: list[str]) -> list[str]:
+        found = read(self, names)
         seen.append({name for name, tensor in self.model.state_dict().items() if not tensor.is_meta})
+        return found
 
-    monkeypatch.setattr(Checkpoint, "read", note)
+    monkeypatch.setattr(Streamed, "read", note)
     make_llama(num_hidden_layers=3).save_pretrained(tmp_path / "model")
     pruned(tmp_path / "model", tmp_path / "out", **EVERYTHING)
     blocks = [{name.split(".")[2] for name in names if name.startswith("model.layers.")} for names in seen]

@@ -16,11 +16,9 @@ from torch.func import functional_call
 
 from optima import Recipe, prune
 from optima.calibration import statistics
-from optima.calibration.accumulator import Accumulator
 from optima.calibration.activations import Activations, capture
 from optima.calibration.batch_size import BatchSize
-from optima.calibration.fisher import fisher_weights
-from optima.calibration.statistics import Found, observe, sampled, shrunk, thinned
+from optima.calibration.statistics import Found, observe, sampled, thinned
 from optima.calibration.weights import FisherWeights
 from optima.core.statistics import sampling_step
 from optima.models.blocks import Block, FusedExperts, Linear, experts_of, find_stacks, linearized, select_linears
@@ -221,25 +219,6 @@ def test_batches_that_memory_takes_apart(family: str, by_loss: bool) -> None:
         assert batch_size.most == 2
 
 
-def test_few_tokens_are_shrunk_towards_all() -> None:
-    torch.manual_seed(0)
-    rows_TD, mean_DD = torch.randn(6, 8), torch.eye(8, dtype=torch.float64)
-
-    def own() -> Accumulator:
-        sums = Accumulator()
-        sums.add(rows_TD, sample_ND=rows_TD)
-        return sums
-
-    found = shrunk(own(), mean_DD, rows_TD, 0.0)
-    expected_DD = (rows_TD.double().mT @ rows_TD.double() + 8 * mean_DD) / 14
-    assert torch.allclose(found.hessian.matrix_DD.double(), expected_DD, rtol=1e-5, atol=1e-6)
-    assert (found.tokens, found.sample_ND is None) == (6, False)
-    assert shrunk(own(), mean_DD, None, 0.0).sample_ND is None
-    alone = shrunk(Accumulator(), mean_DD, rows_TD, 0.0)
-    assert alone.tokens == 0
-    assert torch.equal(alone.hessian.matrix_DD.double(), mean_DD)
-
-
 def test_an_expert_without_tokens_is_pruned_and_named() -> None:
     model: Any = build("mixtral")
     for layer in model.model.layers:
@@ -253,28 +232,6 @@ def test_an_expert_without_tokens_is_pruned_and_named() -> None:
     assert len(unreached) == 2 * 2 * 2
     assert all(record.sparsity == pytest.approx(0.5, abs=0.01) for record in report.linears)
     assert any(", none to" in note for note in report.run.notes)
-
-
-def test_gradients_are_those_of_each_expert() -> None:
-    model: Any = build("mixtral")
-    stack = stack_of(model)
-    batches = list(make_ids(4, 16).split(2))
-    acts = capture(model, stack, batches, whole=True)
-    found = fisher_weights(model, stack, acts, seed=0)
-    sizes = [size[0] * size[1] for size in acts.sizes]
-    total = torch.zeros(sum(sizes))
-    for number in range(4):
-        name = f"model.layers.1.mlp.experts.down_proj.{number}"
-        pairs = found.routed[name]
-        assert [len(tokens_T) == len(weight_T) for tokens_T, weight_T in pairs] == [True, True]
-        weights = [found.of_routed(name, batch, size) for batch, size in enumerate(sizes)]
-        chosen = torch.cat([weight_T[tokens_T] for weight_T, (tokens_T, _) in zip(weights, pairs, strict=True)])  # type: ignore[index]
-        assert float(chosen.mean()) == pytest.approx(1.0, rel=1e-4)
-        offset = 0
-        for size, (tokens_T, _) in zip(sizes, pairs, strict=True):
-            total[offset + tokens_T] += 1
-            offset += size
-    assert bool((total == 2).all())  # each token went to two experts
 
 
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow), "t5"])

@@ -14,7 +14,7 @@ from optima.errors import ModelError, RecipeError
 from optima.files import PACKED, usable_path
 from optima.models.blocks import Linear
 from optima.models.load import find_source, skeleton, some, weight_files
-from optima.models.offload import Checkpoint, UnstreamableError, open_checkpoint
+from optima.models.offload import Streamed, UnstreamableError, open_checkpoint
 
 
 class MaskFiles:
@@ -65,7 +65,7 @@ class MaskFiles:
         return found
 
     @cached_property
-    def _checkpoint(self) -> Checkpoint:
+    def _checkpoint(self) -> Streamed:
         """A directory as transformers reads it."""
         source = find_source(str(self.path), self._trusted)
         return open_checkpoint(source, skeleton(source), "auto")
@@ -120,9 +120,9 @@ class MaskFiles:
             with safe_open(file, framework="pt") as tensors:
                 stored: Tensor = tensors.get_tensor(key)
         else:
-            self._checkpoint.read([name])
+            new = self._checkpoint.read([name])
             stored = self._checkpoint.model.get_parameter(name).detach()
-            self._checkpoint.release([name])
+            self._checkpoint.release(new)
         if not self.path.is_dir() and stored.dtype not in (torch.bool, torch.uint8):
             raise RecipeError(
                 f"mask_from {self.path}: {name} is {stored.dtype}, not bool or uint8: save masks as bool, or "

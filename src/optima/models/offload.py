@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Weights:
         left_out: tensors of the source that the model's class has no place for.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.notes: tuple[str, ...] = ()
         self.left_out: tuple[str, ...] = ()
@@ -67,22 +67,21 @@ class Weights:
         clock = clock or Stopwatch(device)
         with ExitStack() as stack:
             with clock("read"):
-                released = stack.enter_context(self._in_memory(block))
+                released = stack.enter_context(self._in_memory(block.name))
                 stack.enter_context(on_device(block.module, device, comes_back=not released))
             yield
             with clock("read"):
                 stack.close()
 
-    def outside(self, device: torch.device = MAIN) -> AbstractContextManager[None]:
+    @contextmanager
+    def outside(self, device: torch.device = MAIN) -> Iterator[None]:
         """Inside, a forward pass of the whole model runs on ``device``; if that is ``MAIN``, where the model is.
 
         A block is there for its call alone: no gradient can come back through it.
         """
-        return nullcontext() if device.type == "cpu" else self._forward_on(device)
-
-    @contextmanager
-    def _forward_on(self, device: torch.device) -> Iterator[None]:
-        assert self.model is not None
+        if device.type == "cpu" and not isinstance(self, Streamed):
+            yield
+            return
         blocks = [block for stack in find_stacks(self.model) for block in stack.blocks]
         inside = {module for block in blocks for module in block.module.modules()}
         with ExitStack() as stack:
@@ -101,12 +100,11 @@ class Weights:
         with self.on(block, device):
             return forward(*args, **kwargs)
 
-    def _in_memory(self, block: Block) -> AbstractContextManager[bool]:
+    def _in_memory(self, block: str) -> AbstractContextManager[bool]:
         """The block's weights are in memory inside; returns whether they are released afterwards."""
         raise NotImplementedError
 
-    @contextmanager
-    def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    def state(self, names: Collection[str]) -> AbstractContextManager[dict[str, Tensor]]:
         """These parameters and saved buffers, by their full names, in memory; not those that no checkpoint has."""
         raise NotImplementedError
 
@@ -130,106 +128,26 @@ class Resident(Weights):
     def __init__(self, model: nn.Module | None = None, absent: Collection[str] = ()) -> None:
         super().__init__(model)
         self.absent = absent
-        self._checked = False
+        self._checked = model is None
 
-    def _in_memory(self, block: Block) -> AbstractContextManager[bool]:
-        self._check()
-        return nullcontext(False)
-
-    def _check(self) -> None:
-        if not self._checked and self.model is not None:
+    def _in_memory(self, block: str) -> AbstractContextManager[bool]:
+        if not self._checked:
             found = {name: self.model.get_parameter(name) for name in _to_check(self.model)}
             _check_finite(found, "", "Repair the model.")
         self._checked = True
+        return nullcontext(False)
 
-    def outside(self, device: torch.device = MAIN) -> AbstractContextManager[None]:
+    @contextmanager
+    def outside(self, device: torch.device = MAIN) -> Iterator[None]:
         """See ``Weights``."""
-        self._check()
-        return super().outside(device)
+        with self._in_memory(""), super().outside(device):
+            yield
 
     @contextmanager
     def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
         """See ``Weights``."""
-        assert self.model is not None
         wanted = set(names).difference(self.absent)
         yield {name: tensor for name, tensor in self.model.state_dict().items() if name in wanted}
-
-
-class Checkpoint:
-    """Reads tensors of a model on the meta device by name, and releases them.
-
-    Args:
-        model: on the meta device but for its buffers that are not saved.
-        files: its safetensors files.
-
-    Attributes:
-        names: of each parameter and saved buffer, those that are the same tensor, itself included.
-    """
-
-    def __init__(self, model: PreTrainedModel, files: Collection[Path]) -> None:
-        self.model = model
-        opened = [(file, _open(file)) for file in files]
-        self._stored = {name: _Stored(file, each, name) for file, each in opened for name in each.keys()}  # noqa: SIM118
-        self._empty: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-        same: defaultdict[int, list[str]] = defaultdict(list)
-        for name, tensor in self._empty.items():
-            same[id(tensor)].append(name)
-        self.names = {name: tuple(same[id(tensor)]) for name, tensor in self._empty.items()}
-        self._on_disk: defaultdict[str, list[str]] = defaultdict(list)
-        for name, place in places_of(model, self._stored).items():
-            self._on_disk[place].append(name)
-        self._to_check = _to_check(model)
-
-    def is_read(self, name: str) -> bool:
-        """Whether a tensor of the model is in memory."""
-        return not _get(self.model, name).is_meta
-
-    def check(self, names: Collection[str]) -> None:
-        """Raise ``UnstreamableError`` if the tensors ``names`` need others on disk than those named like them."""
-        missing = self._load({name: shape_of(part) for name, part in self._parts(names).items()}, "meta")
-        self.release(names)
-        for name in names:
-            if missing.issuperset(self.names[name]):
-                raise UnstreamableError(f"{name} is not in the checkpoint, or in parts of others")
-
-    def read(self, names: Collection[str]) -> None:
-        """Put the tensors ``names``, and those that are the same, into the model, on the CPU.
-
-        Raises:
-            NumericalError: if one has NaN or Inf.
-            ModelError: if the files cannot be read any more.
-        """
-        names = [name for name in names if not self.is_read(name)]
-        if not names:  # a block is called once a batch, and to read nothing takes transformers 3 ms
-            return
-        parts = self._parts(names)
-        self._load(parts, "cpu")
-        for name in names:
-            (tensor, *_) = (found for same in self.names[name] if not (found := _get(self.model, same)).is_meta)
-            tensor.requires_grad_(self._empty[name].requires_grad)
-            for same in self.names[name]:
-                _set(self.model, same, tensor)
-        new = self._to_check.intersection(names)
-        where = ", ".join(sorted({str(part.file) for part in parts.values()}))
-        _check_finite({name: _get(self.model, name) for name in new}, f"{where}: ", "Re-download the checkpoint.")
-        self._to_check -= new
-
-    def release(self, names: Collection[str]) -> None:
-        """Give up the tensors ``names``, and those that are the same."""
-        for name in names:
-            for same in self.names[name]:
-                _set(self.model, same, self._empty[same])
-
-    def _parts(self, names: Collection[str]) -> dict[str, _Stored]:
-        wanted = {same for name in names for same in self.names[name]}
-        return {part: self._stored[part] for same in sorted(wanted) for part in self._on_disk.get(same, ())}
-
-    def _load(self, parts: Mapping[str, Any], device: str) -> frozenset[str]:
-        try:
-            with no_bars():
-                return load_tensors(self.model, parts, device)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"the weights of {self.model.name_or_path} cannot be read any more: {error}") from error
 
 
 class _Stored:
@@ -252,39 +170,110 @@ class Streamed(Weights):
     else outside the blocks is small, and stays in memory.
 
     Args:
-        checkpoint: the model and its files.
-        blocks: all blocks of its stacks.
+        model: on the meta device but for its buffers that are not saved.
+        files: its safetensors files.
+
+    Attributes:
+        names: of each parameter and saved buffer, those that are the same tensor, itself included.
 
     Raises:
         UnstreamableError: if blocks share weights, or a block's weights are made of those of others.
     """
 
-    def __init__(self, checkpoint: Checkpoint, blocks: Sequence[Block]) -> None:
-        super().__init__(checkpoint.model)
-        self.checkpoint = checkpoint
+    def __init__(self, model: PreTrainedModel, files: Collection[Path]) -> None:
+        super().__init__(model)
+        opened = [(file, _open(file)) for file in files]
+        self._stored = {name: _Stored(file, each, name) for file, each in opened for name in each.keys()}  # noqa: SIM118
+        self._empty: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+        same: defaultdict[int, list[str]] = defaultdict(list)
+        for name, tensor in self._empty.items():
+            same[id(tensor)].append(name)
+        self.names = names = {name: tuple(same[id(tensor)]) for name, tensor in self._empty.items()}
+        self._on_disk: defaultdict[str, list[str]] = defaultdict(list)
+        for name, place in places_of(model, self._stored).items():
+            self._on_disk[place].append(name)
+        self._to_check = _to_check(model)
         self._replaced: dict[str, Read] = {}
         self._kept: list[str] = []
         self._device = MAIN  # of those
-        names, model = checkpoint.names, checkpoint.model
-        self._inside = {block.name: [name for name in names if name.startswith(f"{block.name}.")] for block in blocks}
+        blocks = [block.name for stack in find_stacks(model) for block in stack.blocks]
+        self._inside = {block: [name for name in names if name.startswith(f"{block}.")] for block in blocks}
         for inside in self._inside.values():
             if shared := [name for name in inside if not set(names[name]) <= set(inside)]:
                 raise UnstreamableError(f"{' and '.join(names[shared[0]])} are one weight")
-            checkpoint.check(inside)
-        outside = list(set(names).difference(*self._inside.values()))
-        checkpoint.check(outside)
+            self._check(inside)
+        outside = sorted(set(names).difference(*self._inside.values()))
+        self._check(outside)
         rows, lazy = getattr(model.config.get_text_config(), "vocab_size", None), set[str]()
         for name in outside:
-            module, tensor = model.get_submodule(name.rpartition(".")[0]), _get(model, name)
+            module, tensor = model.get_submodule(name.rpartition(".")[0]), self._get(name)
             if isinstance(module, nn.Embedding | nn.Linear) and tensor.ndim == 2 and len(tensor) == rows:
                 lazy.add(name)
                 module.register_forward_pre_hook(partial(self._keep_called, name))
-        checkpoint.read(sorted(set(outside) - lazy))
+        self.read([name for name in outside if name not in lazy])
         # The first parameter, which is not the first tensor where a model has buffers of its own (BART).
-        first = next((name for name, _ in model.named_parameters()), "")
-        self._first = [first] if first in outside else []
-        for block in blocks:
-            self._read_when_called(block)
+        self._first = [name for name, _ in model.named_parameters()][:1]
+        self._first = [name for name in self._first if name in outside]
+
+    def _check(self, names: Collection[str]) -> None:
+        """Raise ``UnstreamableError`` if the tensors ``names`` need others on disk than those named like them."""
+        missing = self._load({name: shape_of(part) for name, part in self._parts(names).items()}, "meta")
+        self.release(names)
+        for name in names:
+            if missing.issuperset(self.names[name]):
+                raise UnstreamableError(f"{name} is not in the checkpoint, or in parts of others")
+
+    def read(self, names: Collection[str]) -> list[str]:
+        """Put the tensors ``names``, and those that are the same, into the model, on the CPU.
+
+        Returns:
+            The names of those that were not there.
+
+        Raises:
+            NumericalError: if one has NaN or Inf.
+            ModelError: if the files cannot be read any more.
+        """
+        names = [name for name in names if self._get(name).is_meta]
+        if not names:  # a block is called once a batch, and to read nothing takes transformers 3 ms
+            return names
+        parts = self._parts(names)
+        self._load(parts, "cpu")
+        for name in names:
+            (tensor, *_) = (found for same in self.names[name] if not (found := self._get(same)).is_meta)
+            tensor.requires_grad_(self._empty[name].requires_grad)
+            self._set(name, tensor)
+        new = self._to_check.intersection(names)
+        where = ", ".join(sorted({str(part.file) for part in parts.values()}))
+        _check_finite({name: self._get(name) for name in new}, f"{where}: ", "Re-download the checkpoint.")
+        self._to_check -= new
+        return names
+
+    def release(self, names: Collection[str]) -> None:
+        """Give up the tensors ``names``, and those that are the same."""
+        for name in names:
+            self._set(name, self._empty[name])
+
+    def _get(self, name: str) -> Tensor:
+        path, _, last = name.rpartition(".")
+        found: Tensor = getattr(self.model.get_submodule(path), last)
+        return found
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        for same in self.names[name]:
+            path, _, last = same.rpartition(".")
+            module = self.model.get_submodule(path)
+            (module._parameters if last in module._parameters else module._buffers)[last] = tensor
+
+    def _parts(self, names: Collection[str]) -> dict[str, _Stored]:
+        wanted = {same for name in names for same in self.names[name]}
+        return {part: self._stored[part] for same in sorted(wanted) for part in self._on_disk.get(same, ())}
+
+    def _load(self, parts: Mapping[str, Any], device: str) -> frozenset[str]:
+        try:
+            with no_bars():
+                return load_tensors(self.model, parts, device)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"the weights of {self.model.name_or_path} cannot be read any more: {error}") from error
 
     @contextmanager
     def outside(self, device: torch.device = MAIN) -> Iterator[None]:
@@ -296,8 +285,18 @@ class Streamed(Weights):
                 yield
         finally:
             self._device = MAIN
-            self.checkpoint.release(self._kept)
+            self.release(self._kept)
             self._kept.clear()
+
+    def _keep(self, names: Sequence[str]) -> None:
+        """Read ``names`` and bring them to the device, until the phase ends."""
+        self._kept += self.read(names)
+        for name in names:
+            parameter = self._get(name)
+            parameter.data = parameter.data.to(self._device)
+
+    def _keep_called(self, name: str, module: nn.Module, args: object) -> None:
+        self._keep([name])
 
     @contextmanager
     def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
@@ -306,58 +305,27 @@ class Streamed(Weights):
         with ExitStack() as stack:
             for block, inside in self._inside.items():
                 if not wanted.isdisjoint(inside):
-                    stack.enter_context(self._block(block))
-            stack.enter_context(self._read(sorted(wanted)))
-            yield {name: tensor for name, tensor in self.checkpoint.model.state_dict().items() if name in wanted}
+                    stack.enter_context(self._in_memory(block))
+            stack.callback(self.release, self.read(sorted(wanted)))
+            yield {name: tensor for name, tensor in self.model.state_dict().items() if name in wanted}
 
     def replaced(self, block: Block, read: Read) -> None:
         """See ``Weights``."""
         self._replaced[block.name] = read
 
-    def _in_memory(self, block: Block) -> AbstractContextManager[bool]:
-        return self._block(block.name)
-
     @contextmanager
-    def _block(self, name: str) -> Iterator[bool]:
-        with self._read(self._inside[name]) as missing:
-            if missing and name in self._replaced:
-                state = self.checkpoint.model.state_dict()
+    def _in_memory(self, block: str) -> Iterator[bool]:
+        missing: list[str] = []
+        try:
+            missing = self.read(self._inside[block])
+            if missing and block in self._replaced:
+                state = self.model.state_dict()
                 with torch.no_grad():
-                    for changed, tensor in self._replaced[name]().items():
+                    for changed, tensor in self._replaced[block]().items():
                         state[changed].copy_(tensor)
             yield bool(missing)
-
-    @contextmanager
-    def _read(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """These tensors are in memory inside; those that were there stay. Yields the names of the others."""
-        missing = [name for name in names if not self.checkpoint.is_read(name)]
-        try:
-            self.checkpoint.read(missing)
-            yield missing
         finally:
-            self.checkpoint.release(missing)
-
-    def _read_when_called(self, block: Block) -> None:
-        forward = block.module.forward
-
-        @wraps(forward)
-        def called(*args: Any, **kwargs: Any) -> Any:
-            with self._block(block.name):
-                return forward(*args, **kwargs)
-
-        block.module.forward = called
-
-    def _keep(self, names: Sequence[str]) -> None:
-        """Read ``names`` and bring them to the device, until the phase ends."""
-        missing = [name for name in names if not self.checkpoint.is_read(name)]
-        self.checkpoint.read(missing)
-        self._kept.extend(missing)
-        for name in names:
-            parameter = self.checkpoint.model.get_parameter(name)
-            parameter.data = parameter.data.to(self._device)
-
-    def _keep_called(self, name: str, module: nn.Module, args: object) -> None:
-        self._keep([name])
+            self.release(missing)
 
 
 def _to_check(model: nn.Module) -> set[str]:
@@ -380,7 +348,7 @@ def _check_finite(tensors: Mapping[str, Tensor], where: str, remedy: str) -> Non
             raise NumericalError(f"{where}tensor {name} has NaN or Inf. {remedy}")
 
 
-def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> Checkpoint:
+def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> Streamed:
     """A model of the class of ``structure`` whose weights stay on disk.
 
     Args:
@@ -409,7 +377,7 @@ def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> C
         raise UnstreamableError(f"weights that it lacks ({min(loading['missing_keys'])}) are made anew")
     fill_buffers(model)
     model.eval()
-    return Checkpoint(model, files)
+    return Streamed(model, files)
 
 
 def _shapes(source: Source) -> tuple[dict[str, Tensor], list[Path]]:
@@ -442,18 +410,6 @@ def _open(file: Path) -> Any:
         raise ModelError(f"{file} cannot be opened: {error}") from error
 
 
-def _get(model: nn.Module, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(path), last)
-    return found
-
-
-def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, last = name.rpartition(".")
-    module = model.get_submodule(path)
-    (module._parameters if last in module._parameters else module._buffers)[last] = tensor  # type: ignore[assignment]
-
-
 def open_weights(
     source: Source, structure: PreTrainedModel, dtype: str, whole: str | None = None
 ) -> tuple[PreTrainedModel, Weights]:
@@ -474,9 +430,8 @@ def open_weights(
     try:
         if whole is not None:
             raise UnstreamableError(whole)
-        checkpoint = open_checkpoint(source, structure, dtype)
-        model = checkpoint.model
-        weights = Streamed(checkpoint, [block for stack in find_stacks(model) for block in stack.blocks])
+        weights = open_checkpoint(source, structure, dtype)
+        model = weights.model
     except UnstreamableError as error:
         model, absent = load_whole(source, dtype)
         notes.append(f"the whole model was held in main memory: {error}")
