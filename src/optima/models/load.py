@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Stri
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -275,8 +276,9 @@ def model_class(config: PretrainedConfig, source: Source) -> Any:
         return AutoModel
     if hasattr(transformers, names[0]):
         return getattr(transformers, names[0])
-    if names[0].endswith(LANGUAGE_MODELS):  # published under another spelling (PhiMoEForCausalLM)
-        return AutoModelForCausalLM
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if getattr(found, "__name__", "").lower() == names[0].lower():  # published as PhiMoEForCausalLM
+        return found
     raise ModelError(
         f"{source.name} is a {names[0]}, which transformers {transformers.__version__} does not have: install a newer "
         "release, or correct architectures in config.json"
