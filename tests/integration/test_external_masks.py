@@ -182,7 +182,7 @@ def idle(masks: Masks) -> None:
         (unbalanced, ["--pattern", "2:4"], "is not 2:4: 1 groups keep another number, first 3 in row 5, group 2"),
         (unbalanced, ["--sparsity", "0.5"], "is not 0.5 per layer: columns 0 to 32 prune 767 weights, not 768"),
         (unbalanced, ["--sparsity", "0.5", "--scope", "row"], "is not 0.5 per row: row 5 prunes 15, not 16"),
-        (idle, [], "masks of 2 linears prune nothing: leave out what is dense with --ignore"),
+        (idle, [], "masks of 2 linears prune nothing: exclude them by --ignore"),
     ],
 )
 def test_masks_that_are_refused(

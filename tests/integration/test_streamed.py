@@ -35,7 +35,7 @@ def pruned(model: Path, out: Path, **options: Any) -> dict[str, bytes | None]:
 @pytest.fixture
 def resident(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Runs hold the whole model in memory until this is undone."""
-    monkeypatch.setattr(optima.run, "open_weights", lambda *args: open_weights(*args[:3], whole=""))
+    monkeypatch.setattr("optima.plan.open_weights", lambda *args: open_weights(*args[:3], whole=""))
     return monkeypatch
 
 
