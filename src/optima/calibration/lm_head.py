@@ -46,12 +46,10 @@ def sliceable(model: nn.Module) -> bool:
 
 def positions_of_slices(model: nn.Module, at_L: Tensor, samples: int) -> Sequence[Tensor]:
     """Positions of ``samples`` sequences, split so that float32 logits of a slice take ``LOGITS_BYTES`` at most."""
-    slices: Sequence[Tensor] = at_L.split(max(LOGITS_BYTES // (4 * _vocabulary(model) * samples), 1))
+    config: Any = model.config
+    vocabulary = config.get_text_config().vocab_size
+    slices: Sequence[Tensor] = at_L.split(max(LOGITS_BYTES // (4 * vocabulary * samples), 1))
     return slices
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.config.get_text_config().vocab_size)
 
 
 def outside_device(model: PreTrainedModel, device: torch.device, batches: Sequence[Batch] = ()) -> torch.device:
@@ -239,7 +237,8 @@ class LogitsError:
         """
         home, fixed, (batch, rows, samples) = next(self.model.parameters()).device, found.detach(), microbatch
         leaf, target = fixed.to(home, copy=True).requires_grad_(found.requires_grad), target.to(home)
-        total, tokens, gradient = 0.0, 0, torch.zeros_like(fixed, dtype=torch.float32)
+        total, tokens = torch.zeros((), dtype=torch.float64, device=home), 0
+        gradient = torch.zeros_like(fixed, dtype=torch.float32)
         given = some_of(head_inputs(self.model, self.acts.batches[batch]), rows, samples)
         length = self.acts.sizes[batch][1]
         stride = -(-length // POSITIONS)
@@ -251,9 +250,11 @@ class LogitsError:
             lost = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="sum", log_target=True)
             if found.requires_grad:
                 gradient += torch.autograd.grad(lost, leaf)[0].to(gradient)
-            total, tokens = total + float(lost.detach()), tokens + len(log_q_TV)
+            total += lost.detach()
+            tokens += len(log_q_TV)
         # A number of this gradient: the head's own graph is gone by then, slice by slice. Equal logits round below 0.
-        return max(total, 0.0) / tokens + ((found - fixed).float() * gradient).sum() / tokens
+        mean = (total.clamp_min(0.0) / tokens).to(fixed.device, torch.float32)
+        return mean + ((found - fixed).float() * gradient).sum() / tokens
 
     def _log_probabilities(self, hidden: Tensor, given: Batch, options: dict[str, Tensor]) -> Tensor:
         """Log-probabilities of the logits of ``hidden``, (T, V)."""
