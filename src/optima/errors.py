@@ -12,14 +12,6 @@ class RecipeError(OptimaError, ValueError):
     """A recipe, option or pattern that cannot be carried out."""
 
 
-class IdleError(RecipeError):
-    """An option, of this ``name``, that has no effect with the others."""
-
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(message)
-        self.name = name
-
-
 class ModelError(OptimaError):
     """A model or checkpoint that cannot be read, understood or written."""
 

@@ -64,12 +64,6 @@ class TestModel:
         (root / "model" / "config.json").write_text(config)
         assert cheap().startswith("the model of model cannot be read")
 
-    def test_config_that_contradicts_itself(self, cheap: Refused, root: Path) -> None:
-        edit_config(root, num_attention_heads=5)
-        message = cheap()
-        assert message.startswith("the model of model cannot be read")
-        assert "(32) is not a multiple of the number of attention heads (5)" in message
-
     def test_class_that_the_library_lacks(self, cheap: Refused, root: Path) -> None:
         edit_config(root, architectures=["MartianForCausalLM"])
         assert "model is a MartianForCausalLM, which transformers" in cheap()
@@ -160,14 +154,6 @@ class TestText:
     def test_no_such_dataset(self, cheap: Refused, name: str) -> None:
         assert f"dataset '{name}'" in cheap("--dataset", name)
 
-    def test_unsupported_file(self, cheap: Refused, root: Path) -> None:
-        (root / "text.csv").write_text("text\nhello\n")
-        assert "cannot read dataset 'text.csv'" in cheap("--dataset", "text.csv")
-
-    def test_binary_file(self, cheap: Refused, root: Path) -> None:
-        (root / "text.txt").write_bytes(b"\xff\xfe\x00\x80")
-        assert "cannot read dataset 'text.txt'" in cheap()
-
     def test_wrong_column_lists_the_columns(self, cheap: Refused, root: Path) -> None:
         (root / "text.jsonl").write_text(json.dumps({"body": TEXT, "id": 3}) + "\n")
         assert "no text in the column 'text' or 'messages'. Its columns: body, id" in cheap("--dataset", "text.jsonl")
@@ -239,10 +225,6 @@ class TestOptions:
     )
     def test_refused(self, cheap: Refused, options: list[str], message: str) -> None:
         assert message in cheap(*options)
-
-    def test_pattern_that_would_fit_without_one_linear(self, root: Path) -> None:
-        """The remedy that the message of the pattern names."""
-        assert main(prune_arguments("--pattern", "2:32", "--ignore", "down_proj")) == 0
 
     @pytest.mark.parametrize("options", [["--targets", "q_porj"], ["--ignore", "layers"]], ids=" ".join)
     def test_nothing_matches_lists_what_is_there(self, cheap: Refused, options: list[str]) -> None:
@@ -320,13 +302,6 @@ class TestWeights:
     def test_garbage(self, cheap: Refused) -> None:
         assert cheap().startswith("model/model.safetensors cannot be opened")
 
-    @pytest.mark.parametrize("kept", [4, 100, 0.5, 0.99])
-    def test_truncated(self, late: Refused, root: Path, kept: float) -> None:
-        content = (root / "model" / WEIGHTS).read_bytes()
-        size = int(kept * len(content)) if kept < 1 else int(kept)
-        (root / "model" / WEIGHTS).write_bytes(content[:size])
-        assert late().startswith("model/model.safetensors cannot be opened")
-
     def test_a_shard_is_missing(self, late: Refused, root: Path) -> None:
         make_llama().save_pretrained(root / "sharded", max_shard_size="20KB")
         make_tokenizer().save_pretrained(root / "sharded")
@@ -339,10 +314,6 @@ class TestWeights:
     def test_a_weight_is_missing(self, late: Refused, root: Path, name: str) -> None:
         edit_weights(root, lambda tensors: tensors.pop(name))
         assert f"the checkpoint model lacks weights of LlamaForCausalLM ({name})" in late()
-
-    def test_weights_of_another_model(self, late: Refused, root: Path) -> None:
-        save_file({"x": torch.zeros(3)}, root / "model" / WEIGHTS, metadata={"format": "pt"})
-        assert "lacks weights of LlamaForCausalLM (lm_head.weight, " in late()
 
     def test_weights_that_have_no_place(self, late: Refused, root: Path) -> None:
         """Without the name of its class a model loses its head, which must not happen in silence."""

@@ -17,7 +17,6 @@ from tiny import (
     LINES,
     WEIGHTS,
     load_weights,
-    make_bert,
     make_llama,
     make_tokenizer,
     save_model,
@@ -26,7 +25,7 @@ from tiny import (
     weight_files,
 )
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optima
 from optima import Recipe, load_recipe, load_report
@@ -171,12 +170,6 @@ class TestPrune:
         assert main(["prune", "model", "--output-dir", "again", "--recipe", "out/recipe.yaml"]) == 0
         assert weight_files(Path("again")) == weight_files(Path("out"))
 
-    def test_encoder(self, root: Path) -> None:
-        save_model(root / "bert", make_bert(), "bert")
-        prune("--targets", "output", model="bert")
-        weight = AutoModel.from_pretrained("out").encoder.layer[1].output.dense.weight
-        assert ((weight == 0).sum(dim=1) == weight.shape[1] // 2).all()
-
     def test_masks_of_another_run_with_a_recipe_of_its_own(self) -> None:
         first = prune("--selector", "magnitude", "--solver", "none", "--sparsity", "0.6")
         again = prune(
@@ -244,14 +237,6 @@ class TestPlan:
             assert "0.6 per layer" in line
         assert f"{2 * 32 * (3 * 32 + 3 * 48):,} of " in output
         assert snapshot(root) == before
-
-    def test_takes_the_options_of_prune(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        (root / "run.yaml").write_text('pattern: "2:4"\nmax_seq_length: 16')
-        assert main(["plan", "model", "--recipe", "run.yaml", "--targets", r"layers\.1\.mlp"]) == 0
-        output = capsys.readouterr().out
-        assert "2:4" in output
-        assert "torchao" in output
-        assert "q_proj" not in output.partition("note:")[0]
 
     def test_shows_each_linears_own_pattern(self, capsys: pytest.CaptureFixture[str]) -> None:
         options = ["--pattern", r"1\.mlp=1:4", "mlp=3:8", "0.5"]
