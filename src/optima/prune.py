@@ -99,7 +99,7 @@ def prune_stack(
                 run.replay(block, resumed)
                 records, tuned = list(resumed.linears), Tuned(resumed.block.tuning, resumed.block.tuning_epoch)
             else:
-                pruned = prune_block(block, acts, fisher, patterns, run, clock)
+                pruned = prune_block(block, acts, fisher, patterns, run, clock, for_tuning=tuner is not None)
                 records, tuned = pruned.in_order(block, acts, run), Tuned((), 0)
                 if tuner is not None and pruned.keeps:
                     tuned = tuner.tune(block, pruned, acts, clock)
@@ -130,9 +130,14 @@ def prune_block(
     patterns: Mapping[str, Pattern],
     run: RunState,
     clock: Stopwatch,
+    *,
+    for_tuning: bool,
 ) -> Pruned:
-    """Prune the block's linears, each on the rank that has its Hessian; afterwards all ranks have all weights."""
-    pruned, tuned = Pruned(), _is_tuned(run, fisher)
+    """Prune the block's linears, each on the rank that has its Hessian; afterwards all ranks have all weights.
+
+    ``for_tuning``: return masks and unrounded weights too.
+    """
+    pruned = Pruned()
     for found in collect_hessians(block, acts, fisher, run, clock):
         effective = None if fisher is None else fisher.effective.get(found.linears[0].name)
         pruned.owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
@@ -151,14 +156,14 @@ def prune_block(
             record = replace(result.record, block=index, tokens_effective=effective)
             pruned.records[linear.name], pruned.notes[linear.name] = record, result.notes
             run.progress.linear(record)
-            if tuned:
+            if for_tuning:
                 pruned.keeps[linear.name] = result.keep_OD
                 if result.solution_OD is not None:
                     pruned.solutions[linear.name] = result.solution_OD
         del found  # or its Hessian would be in memory during the next pass
     if run.ranks.size > 1:
         with clock("share"):
-            _share(block, pruned, run, tuned)
+            _share(block, pruned, run, for_tuning)
     return pruned
 
 
@@ -268,7 +273,7 @@ class Pruned:
         return [self.records[linear.name] for linear in pruned]
 
 
-def _share(block: Block, pruned: Pruned, run: RunState, tuned: bool) -> None:
+def _share(block: Block, pruned: Pruned, run: RunState, for_tuning: bool) -> None:
     """Broadcast records, notes, weights, and what tuning needs, from the owners to all ranks."""
     ranks = run.ranks
     pruned.notes = ranks.gather_dict(pruned.notes)
@@ -279,7 +284,7 @@ def _share(block: Block, pruned: Pruned, run: RunState, tuned: bool) -> None:
             continue
         linear.write(ranks.broadcast_(linear.read().contiguous(), owner))
         dtypes = {"keeps": torch.bool, "solutions": torch.promote_types(linear.read().dtype, torch.float32)}
-        for kind, dtype in dtypes.items() if tuned else ():
+        for kind, dtype in dtypes.items() if for_tuning else ():
             if kind == "keeps" or run.methods.solver is not None:
                 tensors = getattr(pruned, kind)
                 empty_OD = torch.empty(linear.shape, dtype=dtype, device=run.device)
@@ -326,14 +331,10 @@ class Tuner:
             )
 
 
-def _is_tuned(run: RunState, fisher: FisherWeights | None) -> bool:
-    return bool(run.recipe.tuning_epochs) and (run.recipe.objective != "loss" or fisher is not None)
-
-
 def make_tuner(acts: Activations, fisher: FisherWeights | None, head: LmHead | None, run: RunState) -> Tuner | None:
     """A tuner of the stack that ``acts`` enters; None if its blocks are not tuned."""
     recipe = run.recipe
-    if not recipe.tuning_epochs or not _is_tuned(run, fisher):
+    if not recipe.tuning_epochs or (recipe.objective == "loss" and fisher is None):
         return None
     tuning = Tuning(recipe.tuning_epochs, recipe.learning_rate, recipe.tuning_fraction, recipe.seed)
     batches = tuned_batches(acts, tuning.share)

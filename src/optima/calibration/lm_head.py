@@ -114,11 +114,11 @@ def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: 
     most = 1 if stack.part == "encoder" and splits else samples  # autograd keeps a whole decoder of each sample
 
     def backward(rows: slice) -> Tensor:
-        given = some_of(inputs, rows, samples)
+        part = some_of(inputs, rows, samples)
         leaf = rows_of(acts.hidden[batch], rows, samples).to(home, copy=True).requires_grad_(True)
         with head_alone(model, stack, acts, leaf):
             for at_C, options in _slices(model, torch.arange(length), most, home):
-                logits_TV = logits_of(forward(model, given, **options)).flatten(0, -2)
+                logits_TV = logits_of(forward(model, part, **options)).flatten(0, -2)
                 if not logits_TV.requires_grad:
                     raise NotDifferentiableError("its logits do not depend on its last block by a gradient")
                 gradient_TV = label_gradient(logits_TV.detach(), drawn_BL[rows][:, at_C].flatten().to(home))
@@ -239,14 +239,14 @@ class LogitsError:
         leaf, target = fixed.to(home, copy=True).requires_grad_(found.requires_grad), target.to(home)
         total, tokens = torch.zeros((), dtype=torch.float64, device=home), 0
         gradient = torch.zeros_like(fixed, dtype=torch.float32)
-        given = some_of(head_inputs(self.model, self.acts.batches[batch]), rows, samples)
+        part = some_of(head_inputs(self.model, self.acts.batches[batch]), rows, samples)
         length = self.acts.sizes[batch][1]
         stride = -(-length // POSITIONS)
         at_L = torch.arange(epoch % stride, length, stride)
         for _, options in _slices(self.model, at_L, rows.stop - rows.start, home):
             with torch.no_grad():
-                log_p_TV = self._log_probabilities(target, given, options)
-            log_q_TV = self._log_probabilities(leaf, given, options)
+                log_p_TV = self._log_probabilities(target, part, options)
+            log_q_TV = self._log_probabilities(leaf, part, options)
             lost = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="sum", log_target=True)
             if found.requires_grad:
                 gradient += torch.autograd.grad(lost, leaf)[0].to(gradient)
@@ -256,10 +256,10 @@ class LogitsError:
         mean = (total.clamp_min(0.0) / tokens).to(fixed.device, torch.float32)
         return mean + ((found - fixed).float() * gradient).sum() / tokens
 
-    def _log_probabilities(self, hidden: Tensor, given: Batch, options: dict[str, Tensor]) -> Tensor:
+    def _log_probabilities(self, hidden: Tensor, part: Batch, options: dict[str, Tensor]) -> Tensor:
         """Log-probabilities of the logits of ``hidden``, (T, V)."""
         with head_alone(self.model, self.stack, self.acts, hidden):
-            logits = logits_of(forward(self.model, given, **options))
+            logits = logits_of(forward(self.model, part, **options))
         # A bias of -inf forbids tokens to both models: no difference, not infinity less infinity.
         return logits.flatten(0, -2).float().log_softmax(dim=-1).clamp_min(torch.finfo(torch.float32).min)
 

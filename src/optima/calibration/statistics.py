@@ -264,8 +264,8 @@ class _Hessians:
         if weight_T is not None:
             weight_T = moved(weight_T, inputs_TD.device)[tokens_T + self._rows.start * length]
         wanted = -(-SAMPLE // (len(self.acts.sizes) * self.acts.ranks.size))
-        turn = self.acts.before[0] + self._batch + self._rows.start  # each sequence begins with a sink
-        self.sums[name].add(inputs_TD, weight_T, sample_ND=thinned(inputs_TD, wanted, turn))
+        offset = self.acts.before[0] + self._batch + self._rows.start  # each sequence begins with a sink
+        self.sums[name].add(inputs_TD, weight_T, sample_ND=thinned(inputs_TD, wanted, offset))
 
     def _see_all(self, experts: FusedExperts, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add all tokens at the input of a mixture, whatever they are routed to."""
@@ -361,10 +361,10 @@ def sampled(rows: Tensor, before: int, step: int) -> Tensor:
     return rows[-before % step :: step]
 
 
-def thinned(rows: Tensor, count: int, turn: int = 0) -> Tensor:
-    """At most ``count`` of the rows, evenly spaced, starting ``turn`` rows later."""
+def thinned(rows: Tensor, count: int, offset: int = 0) -> Tensor:
+    """At most ``count`` of the rows, evenly spaced, starting ``offset`` rows later."""
     step = max(-(-len(rows) // count), 1)
-    return rows[turn % step :: step]
+    return rows[offset % step :: step]
 
 
 def routing_notes(block: str, tokens: Mapping[str, int], least: int) -> list[str]:
