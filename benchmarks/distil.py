@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from harness.treatment import CPU, Untreated, heading, make_parser, read
@@ -27,7 +26,6 @@ from optima import hold_zeros
 from optima.data.datasets import load_documents
 from optima.device import PeakMemory
 from optima.evaluation.perplexity import evaluation_windows, perplexity
-from optima.models.ordered import write_orders
 from optima.tune import size_of
 
 RATE = 3e-3  # of tuning by blocks, as in the recipe best
@@ -98,7 +96,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         # Saved, and no longer held: it would count in the memory of the rows behind it. Its zeros are the mask.
         bench.row("mask found, solved", lambda: untreated.pruned(untreated.recipe)).save_pretrained(place)
-        write_orders(untreated.dense, Path(place))
         same_mask = untreated.recipe.replace(
             selector="external", mask_from=place, sparsity=None, pattern=[], allocation="uniform",
             tuning_epochs=options.epochs, tuning_fraction=1.0, learning_rate=RATE,

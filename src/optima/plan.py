@@ -34,7 +34,6 @@ from optima.models.inspect import check_forward, check_length
 from optima.models.load import Source, dtype_as_read, find_source, skeleton
 from optima.models.masks import MaskFiles
 from optima.models.offload import Resident, Weights, open_weights
-from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
 from optima.names import kind
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.recipe import BYTES_PER_TUNED, EXPERT_BYTES, Recipe
@@ -182,7 +181,6 @@ def resolve(
     methods = make_methods(recipe, trust_remote_code)
     scope_named = recipe.scope is not None
     recipe = asked = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))
-    _check_order(source, model, recipe)
     stacks = chosen_stacks(model, recipe)
     linears = [linear for stack in stacks for block in stack.blocks for linear in block.linears]
     patterns, fallback = _patterns(model, stacks, linears, recipe, methods), dict[str, Pattern]()
@@ -248,11 +246,6 @@ def chosen_stacks(model: nn.Module, recipe: Recipe) -> list[Stack]:
     return select_linears(find_stacks(model), recipe.targets, recipe.ignore)
 
 
-def known_orders(source: Source | None, model: PreTrainedModel) -> Any:
-    """The orders of the model's channels, read from disk or in memory; None if it has its own."""
-    return read_orders(Path(source.path)) if source is not None else orders_in_memory(model)
-
-
 def _patterns(
     model: nn.Module, stacks: Sequence[Stack], linears: Sequence[Linear], recipe: Recipe, methods: Methods
 ) -> dict[str, Pattern]:
@@ -275,18 +268,6 @@ def _patterns(
                     f"inputs are more than {MOST_EIGENVALUES:,}: use another selector, or --ignore it"
                 )
     return patterns
-
-
-def _check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) -> None:
-    if recipe.mask_from is None:
-        return
-    masks = Path(recipe.mask_from).expanduser()
-    if read_orders(masks if masks.is_dir() else masks.parent) != known_orders(source, model):
-        name = "the model in memory" if source is None else source.name
-        raise RecipeError(
-            f"mask_from {recipe.mask_from} and {name} have their channels in different orders ({ORDERING_NAME}): prune "
-            "the model that the masks were made for"
-        )
 
 
 def check_in_memory(model: PreTrainedModel) -> None:
@@ -406,7 +387,7 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
         f"disk: {whole * plan.dtype.itemsize / GIB:.2f} GiB for the result",
         *(f"note: {note}" for note in plan.notes),
     ]
-    if any(isinstance(each, NM) for each in plan.patterns.values()) and known_orders(plan.source, plan.model) is None:
+    if any(isinstance(each, NM) for each in plan.patterns.values()):
         lines.append("note: N:M patterns lose less after `optima order`, which permutes the channels of the model")
     if recipe.allocation == "loss":
         lines.append("note: allocation loss finds each linear's sparsity during calibration: the table shows the mean")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from optima import Recipe, prune
 from optima.cli import main
-from optima.distributed import ALONE
 from optima.errors import RecipeError
 from optima.extras.mask_preserving import hold_zeros
-from optima.plan import plan_run
 from optima.selectors.external import External
 
 UP = "model.layers.0.mlp.up_proj"
@@ -205,20 +202,6 @@ def test_options_that_contradict(cheap: Refused) -> None:
     assert "needs mask_from" in cheap("--selector", "external")
     assert "mask_from is for selector external" in cheap("--mask-from", "masks.safetensors")
     assert "allocation loss needs" in cheap(*EXTERNAL, "masks.safetensors", "--allocation", "loss")
-
-
-def test_masks_of_a_model_with_its_channels_in_another_order(root: Path) -> None:
-    """Wherever the model is: a directory is not all that can be pruned."""
-    for name in ("ordered", "masks"):
-        (root / name).mkdir()
-        (root / name / "ordering.json").write_text(json.dumps({"channels": [{"order": [[1, 0]]}]}))
-    save_file(make_masks(), "masks/masks.safetensors")
-    recipe = Recipe(selector="external", mask_from="masks", max_seq_length=16)
-    for name, fits in (("ordered", True), ("model", False)):
-        model = make_llama()
-        model.config.name_or_path = name
-        with nullcontext() if fits else pytest.raises(RecipeError, match="have their channels in different orders"):
-            plan_run(model, recipe, "out", make_tokens(), ALONE)
 
 
 def test_a_dense_checkpoint_has_no_masks(late: Refused, root: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build, fisher_of, make_ids
-from tiny import Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model, snapshot
+from tiny import load_weights, make_llama, make_tokens, prune_arguments, save_model, snapshot
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -139,21 +139,6 @@ def test_the_record_tells_what_moved_where(root: Path) -> None:
     # Only an output of ours is replaced, by the same bits.
     assert main(["order", "model", "--output-dir", "ordered", *options, "--overwrite"]) == 0
     assert all(torch.equal(new[name], tensor) for name, tensor in load_weights(root / "ordered").items())
-
-
-def test_an_order_goes_with_what_is_made_of_the_model(
-    root: Path, late: Refused, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Masks name weights by their places, so a pruned model has the orders too; a second order is refused."""
-    options = prune_arguments("--pattern", "2:4")[4:]
-    assert main(["order", "model", "--output-dir", "ordered", *options]) == 0
-    assert main(prune_arguments("--pattern", "2:4", model="ordered")) == 0
-    assert Path("out/ordering.json").read_bytes() == Path("ordered/ordering.json").read_bytes()
-    external = ["--selector", "external", "--mask-from", "out", "--output-dir", "again"]
-    assert main(prune_arguments(*external, model="ordered")) == 0
-    capsys.readouterr()
-    assert "have their channels in different orders" in late(*external, "--output-dir", "other")
-    assert "are in order already" in late(arguments=["order", "ordered", "--output-dir", "twice", *options])
 
 
 def test_only_channels_that_are_named_change_places(capsys: pytest.CaptureFixture[str], root: Path) -> None:

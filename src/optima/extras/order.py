@@ -41,17 +41,17 @@ from optima.models.inputs import Batch, forward
 from optima.models.inspect import head_of
 from optima.models.load import load_tokenizer
 from optima.models.offload import Weights
-from optima.models.ordered import ORDERING_NAME, SCHEMA_VERSION, mark_ordered
 from optima.models.save import open_writer, prepare
 from optima.names import kind
 from optima.patterns import NM
-from optima.plan import Plan, chosen_stacks, known_orders, load_weights, plan_run
+from optima.plan import Plan, chosen_stacks, load_weights, plan_run
 from optima.prune import collect_hessians, find_fisher_weights
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callbacks, Progress, make_progress
 from optima.state import RunState
 from optima.stopping import interruptible
 
+ORDERING_NAME, SCHEMA_VERSION = "ordering.json", 2
 REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients"
 MOST_ZEROS = 0.1  # of a linear that is not pruned
 # Most that the model's outputs may change, relative to them: in units of the rounding of its dtype, and of float32 in
@@ -167,11 +167,7 @@ def order(
         text = add_generated(text, network, own_tokenizer, plan.recipe, plan.device, ranks, shown)
         search = _Search(plan, network, weights, shown, frozenset(channels), make_store(destination, ranks))
         with evaluating(network):
-            try:
-                search.run(text.batches(plan.batch_size))
-            finally:
-                if search.done:
-                    mark_ordered(network, [asdict(each) for each in search.done])
+            search.run(text.batches(plan.batch_size))
         notes = tuple(dict.fromkeys((*weights.notes, *text.notes, *search.notes)))
         seconds = time.perf_counter() - started
         found = Ordering(plan.name, plan.recipe.to_dict(), tuple(search.done), notes, seconds)
@@ -185,8 +181,6 @@ def order(
 
 
 def _check_plan(plan: Plan) -> None:
-    if known_orders(plan.source, plan.model) is not None:
-        raise ModelError(f"the channels of {plan.name} are in order already: order the model as it came")
     if not any(isinstance(pattern, NM) for pattern in plan.patterns.values()):
         raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
 

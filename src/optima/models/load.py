@@ -33,7 +33,6 @@ from transformers.utils.hub import has_file
 
 from optima.errors import ModelError
 from optima.files import PACKED, TEMPLATES, TOKENIZERS, shards, stamps, usable_path
-from optima.models.ordered import ORDERING_NAME
 
 _logger = logging.getLogger("optima")
 
@@ -60,7 +59,6 @@ AUXILIARY = (
     # Of sentence encoders; their pooling and dense modules are in directories of their own.
     *("modules.json", "sentence_*config.json", "config_sentence_transformers.json"),
     *("[0-9]_*/*.json", "[0-9]_*/*.txt", "[0-9]_*/*.safetensors"),
-    ORDERING_NAME,
 )
 CODE, README = "*.py", "README.md"
 SMALL_FILES = ["*.json", "*.txt", *AUXILIARY, README]  # of a hub model, before its weights

@@ -28,7 +28,6 @@ from optima.models.blocks import Block
 from optima.models.fingerprint import bytes_of
 from optima.models.load import INDEX, WEIGHTS, Source, no_bars
 from optima.models.offload import Resident, Weights
-from optima.models.ordered import write_orders
 from optima.stopping import stop_if_asked
 
 ONE_FILE = 2**62  # bytes in a shard: no shard is split
@@ -44,8 +43,7 @@ def prepare(
     Args:
         model: its configuration, generation configuration and, if trusted, its own code are saved.
         tokenizer: saved with them.
-        source: its auxiliary files are copied (see ``auxiliary``); of a model in memory, None, the orders of its
-            channels alone.
+        source: its auxiliary files are copied (see ``auxiliary``); None for a model in memory.
         directory: it exists; of what an earlier run left there, shards stay.
 
     Raises:
@@ -57,8 +55,6 @@ def prepare(
         saved.mkdir()
         if source is not None:
             copy_auxiliary_files(source, saved)
-        else:
-            write_orders(model, saved)
         try:
             model.save_pretrained(saved, state_dict={})
             if tokenizer is not None:
