@@ -11,14 +11,14 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from runs import MESSAGES, Disk, finish, on_call, raising, start, stop_at_sync
 from safetensors.torch import load_file, save_file
-from tiny import make_llama, make_tokens, prune_arguments, save_model, save_text, snapshot, weight_files
+from tiny import make_llama, make_tokens, prune_arguments, save_model, save_text, snapshot
 
 import optima
 from optima.checkpointing import Journal
@@ -35,6 +35,8 @@ PARTIAL = Path(".out.optima-partial")
 JOURNAL = PARTIAL / "journal.jsonl"
 SLOW = pytest.mark.slow
 TIMED = ("report.json", "report.md", "report.html")  # all else is compared byte by byte
+TUNED = ("--tuning-epochs", "2", "--sparsity", "0.7")
+GENERATED = ("--self-generated", "0.5")
 
 
 def build(home: Path) -> None:
@@ -61,7 +63,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def said() -> str:
+def printed() -> str:
     return " ".join(Path(MESSAGES).read_text().split())
 
 
@@ -79,19 +81,19 @@ def untimed(out: Path) -> optima.Report:
     return optima.Report(run, linears, blocks)
 
 
-def check_same(whole: Path, out: Path = Path("out")) -> None:
-    assert files(out) == files(whole)
-    assert vars(untimed(out).run) == vars(untimed(whole).run)
-    assert untimed(out) == untimed(whole)
-    assert sorted(os.listdir()) == ["messages.txt", "model", out.name, "text.txt"]
+def check_same(whole: Path) -> None:
+    assert files(Path("out")) == files(whole)
+    assert vars(untimed(Path("out")).run) == vars(untimed(whole).run)
+    assert untimed(Path("out")) == untimed(whole)
+    assert not PARTIAL.exists()
 
 
 def check_goes_on(whole: Path, *options: str) -> str:
     """The next run ends as an undisturbed one; returns its notes."""
     if not Path("out").exists():
-        assert finish(start("out", "--resume", *options)) == 0, said()
+        assert finish(start("out", "--resume", *options)) == 0, printed()
     elif PARTIAL.exists():  # it was stopped when there was nothing left to do but clear up
-        assert finish(start("out", "--resume", "--overwrite", *options)) == 0, said()
+        assert finish(start("out", "--resume", "--overwrite", *options)) == 0, printed()
     check_same(whole)
     return "; ".join(optima.load_report("out").run.notes)
 
@@ -112,9 +114,7 @@ def count_syncs() -> int:
 
     assert finish(start("counted", prepare=prepare)) == 0
     shutil.rmtree("counted")
-    count = len(calls.read_text())
-    calls.unlink()
-    return count
+    return len(calls.read_text())
 
 
 def stopped(blocks: int = 2, *options: str) -> None:
@@ -134,11 +134,23 @@ def stopped(blocks: int = 2, *options: str) -> None:
     assert len(Journal(JOURNAL).blocks) == blocks
 
 
+def lost_power_at(whole: Path, counts: Iterable[int], names: bool) -> None:
+    for count in counts:
+        assert finish(start("out", prepare=Disk(count, names))) == -signal.SIGKILL
+        check_goes_on(whole)
+        shutil.rmtree("out")
+
+
 class TestStopped:
-    @pytest.mark.parametrize("blocks", [1, pytest.param(2, marks=SLOW), BLOCKS])
-    def test_after_a_block(self, whole: Path, blocks: int) -> None:
-        stopped(blocks)
-        assert f"resumed after model.layers.{blocks - 1}" in check_goes_on(whole)
+    @pytest.mark.parametrize(
+        ("blocks", "options"), [(1, ()), pytest.param(2, (), marks=SLOW), (BLOCKS, ()), (2, TUNED), (1, GENERATED)]
+    )
+    def test_after_a_block(self, whole: Path, root: Path, blocks: int, options: tuple[str, ...]) -> None:
+        if options:
+            assert finish(start("out", *options)) == 0
+            whole = Path("out").rename(root.parent / f"whole-{root.name}")
+        stopped(blocks, *options)
+        assert f"resumed after model.layers.{blocks - 1}" in check_goes_on(whole, *options)
 
     def test_seconds_and_peak_memory_are_of_all_runs(self) -> None:
         def slow() -> None:
@@ -148,8 +160,7 @@ class TestStopped:
             stop_at_sync(13)()
 
         assert finish(start("out", prepare=slow)) == -signal.SIGKILL
-        assert Journal(JOURNAL).blocks
-        assert finish(start("out", "--resume")) == 0, said()
+        assert finish(start("out", "--resume")) == 0, printed()
         run = optima.load_report("out").run
         assert run.seconds > 1e4
         assert run.peak_memory_bytes == 10**15
@@ -158,70 +169,49 @@ class TestStopped:
         stopped(1)
         for count in (7, 5, 9):  # in a block, at the note of the resumed run, behind a block
             assert finish(start("out", "--resume", prepare=stop_at_sync(count))) == -signal.SIGKILL
-        notes = check_goes_on(whole)
-        assert "resumed after model.layers.0" in notes
-
-    def test_self_generated_data_is_generated_again(self) -> None:
-        written = ("--self-generated", "0.5")
-        assert finish(start("undisturbed", *written)) == 0
-        stopped(1, *written)
-        assert finish(start("out", "--resume", *written)) == 0, said()
-        assert files(Path("out")) == files(Path("undisturbed"))
-        notes = [note for note in optima.load_report("out").run.notes if "resumed" not in note]
-        assert notes == list(optima.load_report("undisturbed").run.notes)
+        assert "resumed after model.layers.0" in check_goes_on(whole)
 
     def test_by_a_signal_that_says_how_to_go_on(self, whole: Path) -> None:
         assert finish(start("out", prepare=stop_at_sync(13, signal.SIGTERM))) == 128 + signal.SIGTERM
-        assert "--resume" in said()
+        assert "--resume" in printed()
         check_goes_on(whole)
 
     def test_by_a_loss_of_power(self, whole: Path) -> None:
         lost_power_at(whole, [10, 11], names=True)
 
-    @pytest.mark.slow
-    def test_at_every_other_write_over_an_earlier_output(self, whole: Path) -> None:
-        stopped_at(whole, range(count_syncs() - 12, count_syncs() + 1, 2), "--overwrite")
-
-    @pytest.mark.slow
+    @SLOW
     @pytest.mark.parametrize("names", [True, False])
     def test_by_a_loss_of_power_at_every_other_write(self, whole: Path, names: bool) -> None:
         """One begins at the first write and one at the second, so that every write is lost in one of both ways."""
         lost_power_at(whole, range(1 + names, count_syncs() + 1, 2), names)
 
-    @pytest.mark.slow
+    @SLOW
+    def test_at_the_last_writes_over_an_earlier_output(self, whole: Path) -> None:
+        count = count_syncs()
+        for number in range(count - 12, count + 1, 2):
+            assert finish(start("out", "--sparsity", "0.7", "--no-resume")) == 0
+            earlier = files(Path("out"))
+            assert finish(start("out", "--overwrite", prepare=stop_at_sync(number))) == -signal.SIGKILL
+            assert not Path("out").exists() or files(Path("out")) in (earlier, files(whole))
+            if PARTIAL.exists():
+                assert finish(start("out", "--resume", "--overwrite")) == 0, printed()
+            check_same(whole)
+            shutil.rmtree("out")
+
+    @SLOW
     def test_at_random_moments(self, whole: Path) -> None:
         started = time.perf_counter()
         assert finish(start("first")) == 0
         seconds = time.perf_counter() - started
-        shutil.rmtree("first")
         draw = random.Random(0)
         for _ in range(20):
             child = start("out", "--resume")
             time.sleep(draw.uniform(0, 1.05 * seconds))
-            os.kill(child, signal.SIGKILL)
-            finish(child)
-            if draw.random() < 0.5:  # else the next goes on with it, and is killed too
+            os.kill(child, draw.choice([signal.SIGKILL, signal.SIGTERM]))
+            if finish(child) == 0 or draw.random() < 0.5:  # else the next goes on with it, and is stopped too
                 check_goes_on(whole)
             if Path("out").exists():
                 shutil.rmtree("out")
-
-
-def stopped_at(whole: Path, counts: range | list[int], *options: str) -> None:
-    for count in counts:
-        if options:
-            assert finish(start("out", "--sparsity", "0.7", "--no-resume")) == 0
-        assert finish(start("out", *options, prepare=stop_at_sync(count))) == -signal.SIGKILL
-        if options and PARTIAL.exists():
-            assert finish(start("out", "--resume", "--overwrite")) == 0, said()
-        check_goes_on(whole)
-        shutil.rmtree("out")
-
-
-def lost_power_at(whole: Path, counts: range | list[int], names: bool) -> None:
-    for count in counts:
-        assert finish(start("out", prepare=Disk(count, names))) == -signal.SIGKILL
-        check_goes_on(whole)
-        shutil.rmtree("out")
 
 
 class TestFullDisk:
@@ -232,8 +222,8 @@ class TestFullDisk:
             resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
         assert finish(start("out", prepare=prepare)) == 2
-        assert "free some space" in said()
-        assert "--resume" in said()
+        assert "free some space" in printed()
+        assert "--resume" in printed()
         assert len(Journal(JOURNAL).blocks) == BLOCKS
         check_goes_on(whole)
 
@@ -251,42 +241,23 @@ class TestFullDisk:
             Journal.append = fill  # type: ignore[method-assign, assignment]
 
         assert finish(start("out", prepare=prepare)) == 2
-        assert "No space left on device" in said()
-        notes = check_goes_on(whole)
-        assert "resumed after model.layers.1" in notes
+        assert "No space left on device" in printed()
+        assert "resumed after model.layers.1" in check_goes_on(whole)
 
 
 class TestDamage:
-    @pytest.mark.parametrize("size", [pytest.param(0, marks=SLOW), 100, pytest.param(None, marks=SLOW)])
+    @pytest.mark.parametrize("size", [100, pytest.param(None, marks=SLOW)])
     def test_a_shard_is_done_again_with_all_after_it(self, whole: Path, size: int | None) -> None:
         stopped(3)
         (shard,) = PARTIAL.glob("model/model-00002-*")
         shard.unlink() if size is None else os.truncate(shard, size)
         assert f"resumed after model.layers.0: {shard.resolve()}" in check_goes_on(whole)
 
-    @pytest.mark.parametrize(
-        "edit",
-        [
-            pytest.param(lambda lines: [lines[0], lines[1][1:], *lines[2:]], id="no json"),
-        ],
-    )
-    def test_a_line_is_done_again_with_all_after_it(self, whole: Path, edit: Callable[[list[str]], list[str]]) -> None:
+    def test_a_line_is_done_again_with_all_after_it(self, whole: Path) -> None:
         stopped(3)
-        lines = JOURNAL.read_text().splitlines()
-        edited = edit(lines)
-        assert edited != lines
-        JOURNAL.write_text("".join(f"{line}\n" for line in edited))
-        assert f"resumed from the first block on: line 2 of {JOURNAL.resolve()} is damaged" in check_goes_on(whole)
-
-    def test_what_a_journal_belongs_to_cannot_be_edited(self, whole: Path) -> None:
-        stopped()
-        text = JOURNAL.read_text()
-        JOURNAL.write_text(text.replace('"seed": 0', '"seed": 1', 1))
-        for option in ("--resume", "--overwrite"):
-            assert finish(start("out", option)) == 2
-            assert "--no-resume" in said()
-        JOURNAL.write_text(text)
-        check_goes_on(whole)
+        first, second, *rest = JOURNAL.read_text().splitlines()
+        JOURNAL.write_text("".join(f"{line}\n" for line in (first, second[1:], *rest)))
+        assert "resumed from the first block on: line 2" in check_goes_on(whole)
 
 
 class TestOtherRuns:
@@ -294,7 +265,7 @@ class TestOtherRuns:
         stopped()
         before = snapshot(PARTIAL)
         assert finish(start("out")) == 2
-        assert "--no-resume" in said()
+        assert "--no-resume" in printed()
         assert snapshot(PARTIAL) == before
         assert finish(start("out", "--no-resume")) == 0
         check_same(whole)
@@ -302,53 +273,13 @@ class TestOtherRuns:
 
     def test_another_one_is_refused_by_what_differs(self, whole: Path) -> None:
         stopped()
-        for key, change, undo in CHANGES:
+        for key, file, change in CHANGES:
+            shutil.copy(file, "kept")
             before, options = snapshot(PARTIAL / "model"), change() or []
             assert finish(start("out", "--resume", *options)) == 2
-            assert f"its {key}" in said()
+            assert f"its {key}" in printed()
             assert snapshot(PARTIAL / "model") == before
-            undo()
-        assert finish(start("out", "--resume", "--device", "cpu")) == 0, said()
-        assert weight_files(Path("out")) == weight_files(whole)
-
-    @pytest.mark.slow
-    def test_another_version_or_number_of_threads_is_noted(self, whole: Path) -> None:
-        stopped()
-
-        def newer() -> None:
-            torch.set_num_threads(2)
-            optima.run.library_versions = lambda: {"torch": "99.0"}  # type: ignore[attr-defined]
-
-        assert finish(start("out", "--resume", prepare=newer)) == 0, said()
-        notes = "; ".join(optima.load_report("out").run.notes)
-        assert "versions.torch" in notes
-        assert "device" in notes
-
-    def test_one_at_the_same_time_is_refused(self, whole: Path) -> None:
-        stopped()
-        (wait, go), (told, end) = os.pipe(), os.pipe()
-
-        def prepare() -> None:
-            import optima.run
-
-            prune_model = optima.run.prune_model
-
-            def waits(*args: object) -> object:
-                os.write(go, b"x")
-                os.read(told, 1)
-                return prune_model(*args)  # type: ignore[arg-type]
-
-            optima.run.prune_model = waits  # type: ignore[assignment]
-
-        child = start("out", "--resume", prepare=prepare)
-        os.close(go)
-        assert os.read(wait, 1) == b"x", f"it ended before it came to prune: {finish(child)} {said()}"
-        for option in ("--resume", "--no-resume"):
-            assert finish(start("out", option)) == 2
-            assert "another run is writing" in said()
-        os.write(end, b"x")
-        assert finish(child) == 0
-        check_same(whole)
+            os.replace("kept", file)
 
     def test_there_may_be_nothing_to_resume(self, whole: Path) -> None:
         assert "no unfinished run of" in check_goes_on(whole)
@@ -357,79 +288,43 @@ class TestOtherRuns:
 def edit_weights() -> None:
     weights = load_file("model/model.safetensors")
     weights["lm_head.weight"][0, 0] += 1
-    os.replace("model/model.safetensors", "kept")
     save_file(weights, "model/model.safetensors", {"format": "pt"})
 
 
 def edit_config() -> None:
-    shutil.copy("model/config.json", "kept")
     config = json.loads(Path("model/config.json").read_text())
     Path("model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
 
 
 def edit_text() -> None:
-    shutil.copy("text.txt", "kept")
     save_text(Path("text.txt"), "Other words. " * 99)
 
 
-def put_back(file: str) -> Callable[[], object]:
-    return lambda: os.replace("kept", file)
-
-
-# What differs; how to make it so, with options; how to undo it.
-CHANGES: list[tuple[str, Callable[[], list[str] | None], Callable[[], object]]] = [
-    ("recipe.damping", lambda: ["--damping", "0.1"], int),
-    ("recipe.batch_size", lambda: ["--batch-size", "4"], int),
-    ("weights", edit_weights, put_back("model/model.safetensors")),
-    ("configuration", edit_config, put_back("model/config.json")),
-    (
-        "tokens",
-        edit_text,
-        put_back("text.txt"),
-    ),
+# What differs; a file; how to make it differ, with options.
+CHANGES: list[tuple[str, str, Callable[[], list[str] | None]]] = [
+    ("recipe.damping", "text.txt", lambda: ["--damping", "0.1"]),
+    ("recipe.batch_size", "text.txt", lambda: ["--batch-size", "4"]),
+    ("configuration", "model/config.json", edit_config),
+    ("tokens", "text.txt", edit_text),
+    ("weights", "model/model.safetensors", edit_weights),
 ]
 
 
-class TestMethods:
-    """What looks at more than one block, or keeps something between blocks."""
-
-    def test_a_tuned_run_goes_on(self, root: Path) -> None:
-        options = ["--tuning-epochs", "2", "--sparsity", "0.7"]
-        assert finish(start("whole", *options)) == 0
-        shutil.move("whole", root.parent / f"whole-{root.name}")
-        stopped(2, *options)
-        check_goes_on(root.parent / f"whole-{root.name}", *options)
-
-
 class TestModelInMemory:
-    def interrupted(self, monkeypatch: pytest.MonkeyPatch) -> optima.Report | torch.nn.Module:
-        model = make_llama()
-        commit = Writer.commit
-
-        def interrupt(self: Writer, *args: object) -> None:
-            commit(self, *args)  # type: ignore[arg-type]
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Writer, "commit", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                optima.prune(model, output_dir="out", calibration=make_tokens())
-        return model
-
     def test_goes_on_if_it_is_as_it_was(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.interrupted(monkeypatch)
-        expected, model = make_llama(), make_llama()
+        expected, half, model = make_llama(), make_llama(), make_llama()
         optima.prune(expected, output_dir="expected", calibration=make_tokens())
+        with monkeypatch.context() as patch:
+            patch.setattr(Writer, "commit", on_call(2, Writer.commit, raising(KeyboardInterrupt())))
+            with pytest.raises(KeyboardInterrupt):
+                optima.prune(half, output_dir="out", calibration=make_tokens())
+        with pytest.raises(ModelError, match="its weights was"):
+            optima.prune(half, output_dir="out", calibration=make_tokens(), resume=True)
         optima.prune(model, output_dir="out", calibration=make_tokens(), resume=True)
         assert files(Path("out")) == files(Path("expected"))
         assert untimed(Path("out")) == untimed(Path("expected"))
         state = expected.state_dict()
         assert all(tensor.equal(state[name]) for name, tensor in model.state_dict().items())
-
-    def test_does_not_if_it_is_half_pruned(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        model = self.interrupted(monkeypatch)
-        with pytest.raises(ModelError, match="its weights was"):
-            optima.prune(model, output_dir="out", calibration=make_tokens(), resume=True)
 
     def test_only_with_the_selector_that_it_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def run(selector: Lot, resume: bool | None = None) -> None:
@@ -443,11 +338,6 @@ class TestModelInMemory:
         with pytest.raises(ModelError, match="selector"):
             run(Lot(2), resume=True)
         run(Lot(1), resume=True)
-
-
-def test_a_run_without_a_place_has_nothing_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*prune_arguments(), "--resume=yes"]) == 2
-    assert "--resume" in capsys.readouterr().err
 
 
 class Lot:
