@@ -20,21 +20,27 @@ from optima.core.statistics import sampling_step
 from optima.patterns import Pattern, Unstructured
 from optima.selectors.base import LinearTask
 
-# No linear is left dense or empty, however far the global sparsity and the spread reach.
-SPARSEST, DENSEST = 0.99, 0.01
-# How far a share may depart from the global sparsity.
-SPREAD = 0.1
-# Of a linear's saliencies.
-QUANTILES = 1001
-# Saliencies of a linear that they are taken of.
-SAMPLE = 2**18
+SPARSEST, DENSEST = 0.99, 0.01  # of a linear, however far the global sparsity and the spread reach
+SPREAD = 0.1  # how far a share may depart from the global sparsity
+QUANTILES = 1001  # of a linear's saliencies
+SAMPLE = 2**18  # saliencies of a linear that they are taken of
 
 
 def saliency_quantiles(task: LinearTask) -> Tensor:
     """Quantiles of the saliencies of a dense linear, or of a sample of them: float64, (Q,), in main memory."""
     saliency_N = saliency(task).flatten()
-    sorted_N = saliency_N[:: sampling_step(max(len(saliency_N), 1), SAMPLE)].sort().values
-    return sorted_N[quantile_places(len(sorted_N)).to(sorted_N.device)].cpu()
+    sorted_N = saliency_N[:: sampling_step(len(saliency_N), SAMPLE)].sort().values
+    # float32 knows no odd number beyond 2^24
+    place_Q = torch.linspace(0, len(sorted_N) - 1, QUANTILES, dtype=torch.float64).round().long()
+    return sorted_N[place_Q.to(sorted_N.device)].cpu()
+
+
+def saliency(task: LinearTask) -> Tensor:
+    """r_o w_oi^2 / K_ii: what the loss gains when a weight goes and the others of its row compensate; float64."""
+    saliency_OD = task.weight_OD.double().square() / task.hessian.inverse_diagonal_D
+    if task.row_weight_O is not None:
+        saliency_OD = saliency_OD * task.row_weight_O.to(saliency_OD)[:, None]
+    return saliency_OD.masked_fill(task.hessian.dead_D, 0.0)
 
 
 def allocate(
@@ -61,38 +67,24 @@ def allocate(
     return dict(zip(quantiles, found_L.tolist(), strict=True))
 
 
-def with_shares(patterns: Mapping[str, Pattern], shares: Mapping[str, float]) -> dict[str, Pattern]:
-    """The patterns of all linears, with the sparsities of ``shares`` where those have one."""
-    ranked = {name: each for name, each in patterns.items() if name in shares and isinstance(each, Unstructured)}
-    return dict(patterns) | {name: replace(each, sparsity=shares[name]) for name, each in ranked.items()}
-
-
-def quantile_places(count: int) -> Tensor:
-    """Where the quantiles of ``count`` sorted numbers are; float32 knows no odd number beyond 2^24."""
-    return torch.linspace(0, count - 1, QUANTILES, dtype=torch.float64).round().long()
-
-
-def saliency(task: LinearTask) -> Tensor:
-    """r_o w_oi^2 / K_ii: what the loss gains when a weight goes and the others of its row compensate; float64."""
-    saliency_OD = task.weight_OD.double().square() / task.hessian.inverse_diagonal_D
-    if task.row_weight_O is not None:
-        saliency_OD = saliency_OD * task.row_weight_O.to(saliency_OD)[:, None]
-    return saliency_OD.masked_fill(task.hessian.dead_D, 0.0)
-
-
 def with_mean(value_L: Tensor, size_L: Tensor, mean: float) -> Tensor:
     """``value_L`` shifted by one constant and cut to [DENSEST, SPARSEST] so that its weighted mean is ``mean``.
 
     The cut reaches as far as ``mean`` where that is outside. float64, shape (L,).
     """
     lowest, highest = min(DENSEST, mean), max(SPARSEST, mean)
-
-    def excess(shift: float) -> float:
-        return float(((value_L + shift).clamp(lowest, highest) - mean) @ size_L)
-
-    # The excess grows with the shift: bisect between where all are cut at one end or at the other.
+    # The mean grows with the shift: bisect between where all are cut at one end or at the other.
     below, above = lowest - float(value_L.max()), highest - float(value_L.min())
     for _ in range(200):
         middle = 0.5 * (below + above)
-        below, above = (middle, above) if excess(middle) < 0.0 else (below, middle)
+        excess = float(((value_L + middle).clamp(lowest, highest) - mean) @ size_L)
+        below, above = (middle, above) if excess < 0.0 else (below, middle)
     return (value_L + above).clamp(lowest, highest)
+
+
+def with_shares(patterns: Mapping[str, Pattern], shares: Mapping[str, float]) -> dict[str, Pattern]:
+    """The patterns of all linears, with the sparsities of ``shares`` where those have one."""
+    return {
+        name: replace(each, sparsity=shares[name]) if name in shares and isinstance(each, Unstructured) else each
+        for name, each in patterns.items()
+    }

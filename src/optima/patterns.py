@@ -25,7 +25,7 @@ class Unstructured:
         sparsity: fraction of weights to prune, strictly between 0 and 1.
         scope: ``row`` meets it in every output row (Wanda), ``group`` in every ``group_size`` consecutive inputs over
             all rows (SparseGPT), ``layer`` ranks all weights together.
-        group_size: inputs in a group; the last group holds what is left. No matter in the other scopes.
+        group_size: inputs in a group; the last group may be smaller. Unused in the other scopes.
     """
 
     sparsity: float
@@ -37,8 +37,6 @@ class Unstructured:
             raise RecipeError(f"sparsity must be strictly between 0 and 1, got {self.sparsity}: for example 0.5")
         if self.scope not in SCOPES:
             raise RecipeError(f"unknown scope {self.scope!r}: known scopes are {', '.join(SCOPES)}")
-        if self.group_size < 1:
-            raise RecipeError(f"group_size must be at least 1, got {self.group_size}: for example {GROUP_SIZE}")
 
     def __str__(self) -> str:
         return f"{self.sparsity:g} per {self.scope}" + (f" of {self.group_size}" if self.scope == "group" else "")
@@ -73,11 +71,11 @@ class NM:
 
 
 @dataclass(frozen=True)
-class Given(Unstructured):
-    """The sparsity that an external mask happens to have: any, and of no pattern that is known."""
+class MaskPattern(Unstructured):
+    """The sparsity of an external mask that follows no pattern."""
 
     def __post_init__(self) -> None:
-        """Nothing is asked, so nothing can be wrong."""
+        """A mask may prune everything."""
 
     def __str__(self) -> str:
         return "external"
@@ -92,7 +90,6 @@ class PatternTable:
 
     Attributes:
         entries: regex (``re.search``) and pattern, in the order in which they are tried.
-        default: the pattern of linears that no entry matches; None if there is none.
     """
 
     entries: tuple[tuple[str, Pattern], ...] = ()
@@ -104,24 +101,20 @@ class PatternTable:
         return [pattern for _, pattern in self.entries] + ([] if self.default is None else [self.default])
 
     def assign(self, linears: Mapping[str, int]) -> dict[str, Pattern]:
-        """The pattern of every linear, checked against its number of inputs.
-
-        Args:
-            linears: full name and number of inputs of each linear to prune.
+        """The pattern of each linear, of which ``linears`` has the full name and the number of inputs.
 
         Raises:
-            RecipeError: if a linear has no pattern or one that does not fit it, or an entry decides nothing.
+            RecipeError: if a linear has no pattern or one that does not fit it, or an entry is never used.
         """
-        assigned, deciding = {}, set[int]()
-        default = (len(self.entries), ("", self.default))
+        assigned, used = {}, set[int]()
         for name, num_inputs in linears.items():
-            matching = (each for each in enumerate(self.entries) if re.search(each[1][0], name))
-            number, (_, pattern) = next(matching, default)
-            ignore = f"leave it out with --ignore '{re.escape(name)}'"
+            matching = (number for number, (regex, _) in enumerate(self.entries) if re.search(regex, name))
+            number = next(matching, -1)
+            pattern = self.default if number < 0 else self.entries[number][1]
+            ignore = f"--ignore '{re.escape(name)}'"
             if pattern is None:
                 raise RecipeError(
-                    f"no entry of pattern matches {name}: add one without a regex, such as 0.5, for all other linears, "
-                    f"or {ignore}"
+                    f"no entry of pattern matches {name}: add one without a regex, such as 0.5, or {ignore}"
                 )
             if isinstance(pattern, NM) and num_inputs % pattern.m:
                 raise RecipeError(
@@ -129,36 +122,29 @@ class PatternTable:
                     f"{num_inputs}: choose another pattern or {ignore}"
                 )
             assigned[name] = pattern
-            deciding.add(number)
+            used.add(number)
         for number, (regex, _) in enumerate(self.entries):
-            if number not in deciding:
+            if number not in used:
                 raise RecipeError(
-                    f"pattern entry {regex!r} decides nothing: it matches none of the linears to prune, or earlier "
-                    f"entries took them all; list them with optima plan, the first is {next(iter(linears))}"
+                    f"pattern entry {regex!r} decides nothing: it matches none of the linears to prune (the first is "
+                    f"{next(iter(linears))}), or earlier entries match them all; optima plan lists the linears"
                 )
         return assigned
 
 
 def parse_table(texts: Sequence[str], scope: Scope) -> PatternTable:
-    """Read entries of the form ``n:m``, ``0.6``, ``REGEX=n:m`` or ``REGEX=0.6``.
-
-    Args:
-        texts: the entries; those without a regex are the default, of which there may be one.
-        scope: of the unstructured entries.
+    """Read entries of the form ``n:m``, ``0.6``, ``REGEX=n:m`` or ``REGEX=0.6``; one at most has no regex.
 
     Raises:
-        RecipeError: naming the entry that cannot be read, its regex or its value.
+        RecipeError: if an entry cannot be read; the message names it.
     """
     entries: list[tuple[str, Pattern]] = []
-    default: Pattern | None = None
+    defaults: list[Pattern] = []
     for text in texts:
-        # A regex may contain "=", a pattern cannot.
-        regex, separator, value = text.rpartition("=")
+        regex, separator, value = text.rpartition("=")  # a regex may contain "=", a pattern cannot
         pattern = _parse_pattern(value.strip(), text, scope)
         if not separator:
-            if default is not None:
-                raise RecipeError(f"pattern has two entries for all linears, {default} and {pattern}: keep one of them")
-            default = pattern
+            defaults.append(pattern)
             continue
         if not regex:
             raise RecipeError(f"pattern {text!r} has no regex before '=': leave out the '=' to mean all linears")
@@ -167,14 +153,15 @@ def parse_table(texts: Sequence[str], scope: Scope) -> PatternTable:
         except re.error as error:
             raise RecipeError(f"pattern {text!r}: {regex!r} is not a regular expression: {error}") from error
         entries.append((regex, pattern))
-    return PatternTable(tuple(entries), default)
+    if len(defaults) > 1:
+        raise RecipeError(f"pattern has two entries for all linears, {defaults[0]} and {defaults[1]}: keep one of them")
+    return PatternTable(tuple(entries), *defaults)
 
 
 def pattern_texts(value: Any) -> Any:
-    """Of a recipe's file, where a sparsity may be written as a number, and null means that there is none."""
+    """The entries of a recipe's file, where a sparsity may be a number, and null is no entry."""
     items = [] if value is None else value if isinstance(value, list | tuple) else [value]
-    # 2:4 unquoted is a base-60 integer in YAML 1.1.
-    if any(isinstance(item, int) for item in items):
+    if any(isinstance(item, int) for item in items):  # 2:4 unquoted is a base-60 integer in YAML 1.1
         raise RecipeError('quote the pattern, as in pattern: "2:4" (YAML reads it as a number)')
     return [str(item) if isinstance(item, float | NM) else item for item in items]
 
@@ -195,10 +182,3 @@ def _parse_pattern(value: str, entry: str, scope: Scope) -> Pattern:
             f"pattern {entry!r} is not of the form n:m (2:4), a sparsity (0.6), or REGEX= and one of these (mlp=2:4)"
         ) from error
     return Unstructured(sparsity, scope)
-
-
-def group_width(pattern: Pattern, num_inputs: int) -> int:
-    """Inputs within which a pattern's counts are exact: weights may be exchanged inside a group of so many."""
-    if isinstance(pattern, NM):
-        return pattern.m
-    return pattern.group_size if pattern.scope == "group" else max(num_inputs, 1)

@@ -176,7 +176,7 @@ class Recipe(BaseModel):
 
     @property
     def _external(self) -> bool:
-        return self.selector == "external" or getattr(self.selector, "takes_given", False) is True
+        return self.selector == "external" or getattr(self.selector, "takes_any_mask", False) is True
 
     @property
     def any_pattern(self) -> bool:

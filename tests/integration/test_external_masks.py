@@ -176,9 +176,17 @@ def idle(masks: Masks) -> None:
         (lambda masks: masks.update({f"{UP}.weight": ~masks[UP]}), [], f"{UP}.weight in "),
         (lambda masks: masks.update({UP: masks[UP].byte() * 255}), [], f"{UP} has values above 1: a mask is 0"),
         (lambda masks: masks.update({UP: masks[UP].float()}), [], f"{UP} is torch.float32, not bool or uint8"),
-        (unbalanced, ["--pattern", "2:4"], "is not 2:4: 1 groups keep another number, first 3 in row 5, group 2"),
-        (unbalanced, ["--sparsity", "0.5"], "is not 0.5 per layer: columns 0 to 32 prune 767 weights, not 768"),
-        (unbalanced, ["--sparsity", "0.5", "--scope", "row"], "is not 0.5 per row: row 5 prunes 15, not 16"),
+        (
+            unbalanced,
+            ["--pattern", "2:4"],
+            "is not 2:4: of the 4 weights from row 5, column 8, it prunes 1, not 2",
+        ),
+        (unbalanced, ["--sparsity", "0.5"], "of the 1536 weights from row 0, column 0, it prunes 767, not 768"),
+        (
+            unbalanced,
+            ["--sparsity", "0.5", "--scope", "row"],
+            "from row 5, column 0, it prunes 15, not 16",
+        ),
         (idle, [], "masks of 2 linears prune nothing: exclude them by --ignore"),
     ],
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from layers import hessian_of, layer_of, make_layer
 
-from optima.allocate import SPREAD, allocate, quantile_places, saliency, saliency_quantiles, with_shares
+from optima.allocate import DENSEST, SPARSEST, SPREAD, allocate, saliency, saliency_quantiles, with_mean, with_shares
 from optima.core import Hessian
 from optima.core.statistics import Statistics
 from optima.patterns import NM, Unstructured
@@ -55,15 +57,6 @@ def test_linears_without_influence_and_dead_inputs() -> None:
     assert allocate(0.5, {}, {}) == {}
 
 
-@pytest.mark.parametrize("sparsity", [0.005, 0.05, 0.97, 0.995])
-def test_extreme_sparsities_stay_inside(sparsity: float) -> None:
-    layers = make_layers()
-    found = shares_of(layers, sparsity, spread=0.2)
-    assert all(0.0 < value < 1.0 for value in found.values())
-    sizes = {task.name: task.weight_OD.numel() for task in layers}
-    assert sum(found[n] * sizes[n] for n in sizes) == pytest.approx(sparsity * sum(sizes.values()), abs=1e-6)
-
-
 def test_rows_that_the_loss_weighs_more_keep_more() -> None:
     weight_OD, inputs_TD = make_layer(16, 32)
     statistics = Statistics(hessian_of(inputs_TD))
@@ -82,14 +75,6 @@ def test_each_linear_takes_its_share_and_keeps_its_scope() -> None:
     assert patterns["a"] == Unstructured(0.5, "layer"), "the mapping is another"
 
 
-@pytest.mark.parametrize("count", [1, 1001, 2**24 + 2, 4096 * 11008, 8192 * 28672])
-def test_quantiles_of_a_large_linear_are_inside(count: int) -> None:
-    places = quantile_places(count)
-    assert places[0] == 0
-    assert places[-1] == count - 1
-    assert bool((places.diff() >= 0).all())
-
-
 def test_quantiles_of_a_sample_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose rows differ, the last from the first."""
     weight_OD, inputs_TD = make_layer(96, 48)
@@ -98,3 +83,25 @@ def test_quantiles_of_a_sample_are_those_of_the_whole(monkeypatch: pytest.Monkey
     monkeypatch.setattr("optima.allocate.SAMPLE", 1024)
     sample_Q = saliency_quantiles(task)
     assert float((sample_Q <= whole_Q[500]).double().mean()) == pytest.approx(0.5, abs=0.03)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 10**9), min_size=1, max_size=8),
+    mean=st.floats(0.001, 0.999),
+    spread=st.floats(0.0, 2.0),
+    seed=st.integers(0, 99),
+)
+def test_shares_have_the_mean_and_stay_inside_their_bounds(
+    sizes: list[int], mean: float, spread: float, seed: int
+) -> None:
+    value_N = spread * torch.rand(len(sizes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    size_N = torch.tensor(sizes, dtype=torch.float64)
+    weight_N = size_N / size_N.sum()
+    share_N = with_mean(value_N, size_N, mean)
+    assert float(share_N @ weight_N) == pytest.approx(mean, abs=1e-12)
+    assert min(DENSEST, mean) <= share_N.min()
+    assert share_N.max() <= max(SPARSEST, mean)
+    assert (share_N[value_N.argsort()].diff() >= 0).all()
+    plain_N = value_N - float(value_N @ weight_N) + mean
+    if plain_N.min() > DENSEST and plain_N.max() < SPARSEST:
+        torch.testing.assert_close(share_N, plain_N, rtol=0, atol=1e-12)

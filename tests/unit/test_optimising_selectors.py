@@ -30,7 +30,6 @@ from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
 from optima.selectors.base import LinearTask
 from optima.selectors.optima import Optima, rough_mask
-from optima.selectors.ranking import kth_lowest
 from optima.selectors.thanos import Thanos
 
 DEAD = (0, 7, 8, 47)
@@ -253,14 +252,6 @@ def test_the_sample_for_a_rough_threshold_visits_all_columns(shape: tuple[int, i
     score_OD = torch.rand(shape, generator=generator) * torch.exp(2.0 * torch.randn(shape[1], generator=generator))
     keep_OD, _ = rough_mask(score_OD, Unstructured(0.5, "layer"), None)
     assert float(keep_OD.double().mean()) == pytest.approx(0.5, abs=0.01)
-
-
-@pytest.mark.parametrize("size", [2, 3, 5, 8, 9, 30])
-def test_every_order_statistic_is_found(size: int) -> None:
-    score_RN = torch.randint(0, 5, (42, size), generator=torch.Generator().manual_seed(size)).float()
-    sorted_RN = score_RN.sort(dim=1).values
-    for k in range(1, size + 1):
-        assert torch.equal(kth_lowest(score_RN, k), sorted_RN[:, k - 1 : k])
 
 
 @pytest.mark.parametrize("blocksize", [48, 16, 12, 20])

@@ -15,7 +15,6 @@ from optima.errors import RecipeError
 from optima.patterns import NM, Pattern, Unstructured
 from optima.recipe import SELECTOR_NAMES
 from optima.selectors.base import SELECTORS, load_foreign, make_selector
-from optima.selectors.ranking import count_error, top_scores
 from optima.selectors.scores import RIA, Magnitude, Wanda
 from optima.selectors.sparsegpt import SparseGPT
 from optima.selectors.thanos import Thanos
@@ -72,14 +71,6 @@ def test_scores(pattern: Pattern) -> None:
         selection = selector.select(layer_of(weight_OD, inputs_TD), pattern)
         assert torch.equal(selection.keep_OD, plain_keep(score_OD, pattern))
         assert selection.weight_OD is None
-
-
-def test_groups_that_reach_over_the_end_of_a_row_are_refused() -> None:
-    score_OD = torch.arange(12.0).reshape(2, 6)
-    with pytest.raises(RecipeError, match="2:4 does not divide 6 inputs"):
-        top_scores(score_OD, NM(2, 4))
-    keep_OD = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]], dtype=torch.bool)
-    assert count_error(keep_OD, NM(2, 4)) == "groups of 4 do not divide 6 inputs"
 
 
 # Blocks as wide as the layer, wider, dividing it, and leaving a remainder; 12 is no multiple of 8.

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from optima.errors import RecipeError
-from optima.patterns import Given, Pattern, Scope
+from optima.patterns import MaskPattern, Pattern, Scope
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import count_error
 
@@ -28,26 +28,17 @@ class Masks(Protocol):
 
 @dataclass(frozen=True)
 class External:
-    """The mask that ``masks`` has for the linear's name. Selects only; the solver finds the weights.
-
-    Args:
-        masks: where masks are looked up.
-    """
+    """The mask that ``masks`` has for the linear's name. Selects only; the solver finds the weights."""
 
     masks: Masks
-    takes_given = True  # where no pattern is named, masks are taken as they are
+    takes_any_mask = True  # where the recipe has no pattern
     published_scope: Scope = "layer"
     _linears: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def check(
         self, linears: Sequence[Any], patterns: Mapping[str, Pattern], ignore: Sequence[str]
     ) -> dict[str, Pattern]:
-        """The patterns of linears under their masks: those asked for or else what the masks happen to have.
-
-        Args:
-            linears: to prune.
-            patterns: those asked for, by name.
-            ignore: regexes that exclude others, for the remedy.
+        """The patterns of the linears to prune: those of ``patterns``, or else what their masks happen to have.
 
         Raises:
             RecipeError: if a mask is missing, has another shape, prunes nothing, or breaks its pattern.
@@ -60,15 +51,13 @@ class External:
             keep_OD = self.masks.keep_OD(linear)
             if bool(keep_OD.all()):
                 idle.append(name)
-            elif (pattern := patterns.get(name)) is None:
-                found[name] = Given(1.0 - float(keep_OD.double().mean()))
-            elif problem := count_error(keep_OD, pattern):
+                continue
+            found[name] = patterns.get(name) or MaskPattern(1.0 - float(keep_OD.double().mean()))
+            if problem := count_error(keep_OD, found[name]):
                 raise RecipeError(
-                    f"the external mask of {name} is not {pattern}: {problem}; leave out --pattern, --sparsity and "
+                    f"the external mask of {name} is not {found[name]}: {problem}; leave out --pattern, --sparsity and "
                     "--scope to take the mask as it is"
                 )
-            else:
-                found[name] = pattern
         if idle and not found:
             raise RecipeError("mask_from prunes nothing: name a pruned checkpoint, or its masks")
         if idle:

@@ -5,14 +5,14 @@ Shapes: O outputs (rows), D inputs, R rows of N scores, G groups of m consecutiv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from optima.errors import RecipeError
-from optima.patterns import NM, Given, Pattern, Unstructured, group_width
+from optima.patterns import NM, MaskPattern, Pattern, Unstructured
 
 # Up to this many columns, comparators on whole columns find a threshold faster than a selection in every row.
 MOST_COMPARED = 8
@@ -40,27 +40,24 @@ def top_scores(score_OD: Tensor, pattern: Pattern) -> Tensor:
     Raises:
         RecipeError: if groups of n:m do not divide the inputs.
     """
-    num_outputs, num_inputs = score_OD.shape
+    masks = [keep_all_but_lowest(*pool).reshape(len(score_OD), -1) for pool in pools(score_OD, pattern)]
+    return torch.cat(masks, dim=1)
+
+
+def pools(value_OD: Tensor, pattern: Pattern) -> list[tuple[Tensor, int | Tensor]]:
+    """What is ranked together: each row of each (P, N) tensor, with the number of weights to prune in it."""
+    num_outputs, num_inputs = value_OD.shape
     if isinstance(pattern, NM):
         if num_inputs % pattern.m:
             raise RecipeError(f"pattern {pattern} does not divide {num_inputs} inputs: choose another for this linear")
-        grouped = score_OD.reshape(-1, pattern.m)
-        return keep_all_but_lowest(grouped, pattern.m - pattern.n).reshape(num_outputs, num_inputs)
+        return [(value_OD.reshape(-1, pattern.m), pattern.m - pattern.n)]
     if pattern.scope == "row":
-        return keep_all_but_lowest(score_OD, pruned_in_rows(pattern, num_outputs, num_inputs))
-    keep_OD = torch.empty_like(score_OD, dtype=torch.bool)
-    for columns, count in _groups(pattern, num_outputs, num_inputs):
-        group = score_OD[:, columns]
-        keep_OD[:, columns] = keep_all_but_lowest(group.reshape(1, -1), count).reshape(group.shape)
-    return keep_OD
-
-
-def _groups(pattern: Unstructured, num_outputs: int, num_inputs: int) -> Iterator[tuple[slice, int]]:
-    """The columns that are ranked together over all rows, and the number of weights to prune in them."""
-    width = group_width(pattern, num_inputs)
-    for begin in range(0, num_inputs, width):
-        end = min(begin + width, num_inputs)
-        yield slice(begin, end), pattern.pruned_in_columns(num_outputs, begin, end)
+        return [(value_OD, pruned_in_rows(pattern, num_outputs, num_inputs))]
+    edges = [*range(0, num_inputs, pattern.group_size if pattern.scope == "group" else num_inputs), num_inputs]
+    return [
+        (value_OD[:, begin:end].reshape(1, -1), pattern.pruned_in_columns(num_outputs, begin, end))
+        for begin, end in pairwise(edges)
+    ]
 
 
 def keep_all_but_lowest(score_RN: Tensor, count: int | Tensor) -> Tensor:
@@ -106,25 +103,15 @@ def kth_lowest(score_RN: Tensor, k: int) -> Tensor:
 
 def count_error(keep_OD: Tensor, pattern: Pattern) -> str:
     """How a mask misses the exact counts of ``pattern``; empty if it does not."""
-    num_outputs, num_inputs = keep_OD.shape
-    if isinstance(pattern, Given):
+    if isinstance(pattern, MaskPattern):
         return ""
-    if isinstance(pattern, NM):
-        if num_inputs % pattern.m:
-            return f"groups of {pattern.m} do not divide {num_inputs} inputs"
-        kept_G = keep_OD.reshape(-1, pattern.m).sum(dim=1)
-        wrong = (kept_G != pattern.n).nonzero()[:, 0]
-        if not len(wrong):
-            return ""
-        row, group = divmod(int(wrong[0]), num_inputs // pattern.m)
-        return f"{len(wrong)} groups keep another number, first {int(kept_G[wrong[0]])} in row {row}, group {group}"
-    pruned_OD = ~keep_OD
-    if pattern.scope == "row":
-        wanted_O, found_O = pruned_in_rows(pattern, num_outputs, num_inputs), pruned_OD.sum(dim=1).cpu()
-        wrong = (wanted_O != found_O).nonzero()[:, 0]
-        first = int(wrong[0]) if len(wrong) else 0
-        return f"row {first} prunes {int(found_O[first])}, not {int(wanted_O[first])}" if len(wrong) else ""
-    for columns, wanted in _groups(pattern, num_outputs, num_inputs):
-        if wanted != (found := int(pruned_OD[:, columns].sum())):
-            return f"columns {columns.start} to {columns.stop} prune {found} weights, not {wanted}"
+    begin = 0
+    for pruned_RN, count in pools(~keep_OD, pattern):
+        found_R = pruned_RN.sum(dim=1).cpu()
+        wanted_R = torch.as_tensor(count).expand(len(found_R))
+        for pool in (found_R != wanted_R).nonzero()[:1, 0].tolist():
+            row, column = divmod(begin + pool * pruned_RN.shape[1], keep_OD.shape[1])
+            size, found, wanted = pruned_RN.shape[1], int(found_R[pool]), int(wanted_R[pool])
+            return f"of the {size} weights from row {row}, column {column}, it prunes {found}, not {wanted}"
+        begin += pruned_RN.numel() // len(keep_OD)
     return ""
