@@ -16,7 +16,6 @@ LINEAR = LinearRecord(
     error_mask=0.2,
     error_selector=0.2,
     error=0.1,
-    error_plain=0.1,
     solver="low-rank-cg",
     gap_max=5e-5,
     gap_median=1e-5,
@@ -49,8 +48,6 @@ RUN = RunRecord(
 
 
 def linear(name: str = "mlp.up_proj", block: int = 0, **changes: object) -> LinearRecord:
-    if "error" in changes:
-        changes.setdefault("error_plain", changes["error"])
     return replace(LINEAR, block=block, name=f"model.layers.{block}.{name}", **changes)
 
 

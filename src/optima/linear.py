@@ -192,10 +192,9 @@ def _errors(
     """
     hessian, dense_OD = task.hessian, task.weight_OD
 
-    def lost(new_OD: Tensor, half_O: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Each row's loss, and the change."""
+    def lost(new_OD: Tensor, half_O: Tensor | None = None) -> Tensor:
         change_OD = new_OD.to(dense_OD.dtype) - dense_OD
-        return hessian.loss(change_OD) if half_O is None else hessian.undamped(2.0 * half_O, change_OD), change_OD
+        return hessian.loss(change_OD) if half_O is None else hessian.undamped(2.0 * half_O, change_OD)
 
     def ratio(lost_O: Tensor, energy_O: Tensor) -> float:
         """0 where nothing changed, whether or not there is an output at all."""
@@ -203,15 +202,13 @@ def _errors(
         return 0.0 if part == 0.0 else part / whole if whole else math.inf
 
     energy_O = hessian.loss(dense_OD)
-    lost_O, change_OD = lost(weight_OD, None if rounded is None else rounded.error_R)
-    masked_O, _ = lost(dense_OD * chosen.keep_OD, None if solution is None else solution.mask_error_R)
-    moved_O = masked_O if chosen.weight_OD is None else lost(chosen.weight_OD.to(weight_OD.dtype))[0]
-    plain = task.statistics.plain_loss
+    lost_O = lost(weight_OD, None if rounded is None else rounded.error_R)
+    masked_O = lost(dense_OD * chosen.keep_OD, None if solution is None else solution.mask_error_R)
+    moved_O = masked_O if chosen.weight_OD is None else lost(chosen.weight_OD.to(weight_OD.dtype))
     return {
         "error_mask": ratio(masked_O, energy_O),
         "error_selector": ratio(moved_O, energy_O),
         "error": ratio(lost_O, energy_O),
-        "error_plain": ratio(plain(lost_O, change_OD), plain(energy_O, dense_OD)),
     }
 
 

@@ -95,7 +95,6 @@ def reduce(ranks: Ranks) -> None:
     for name, accumulator in accumulators.items():
         if name != "d" and not (name == "a" and ranks.rank == 2):
             accumulator.add(inputs_of(ranks.rank))
-            accumulator.sample.append(inputs_of(ranks.rank)[:1])
     owners = owners_of([[linear] for linear in linears], ranks.size, torch.device("cpu"))
     reduce_to(owners, accumulators, ranks, torch.device("cpu"))
     assert owners["c"] is None
@@ -108,8 +107,6 @@ def reduce(ranks: Ranks) -> None:
         all_TD = torch.cat([inputs_of(rank) for rank in range(2 if name == "a" else 3)])
         assert found.tokens == len(all_TD)
         assert torch.allclose(found.hessian.matrix_DD, (all_TD.mT @ all_TD / len(all_TD)).double())
-        assert found.sample_ND is not None
-        assert torch.equal(found.sample_ND, torch.stack([inputs_of(n)[0] for n in range(2 if name == "a" else 3)]))
 
 
 def other_recipes(ranks: Ranks) -> None:

@@ -18,7 +18,7 @@ from optima import Recipe, prune
 from optima.calibration import statistics
 from optima.calibration.activations import Activations, capture
 from optima.calibration.batch_size import BatchSize
-from optima.calibration.statistics import Found, observe, sampled, thinned
+from optima.calibration.statistics import Found, observe, sampled
 from optima.calibration.weights import FisherWeights
 from optima.core.statistics import sampling_step
 from optima.models.blocks import Block, FusedExperts, Linear, experts_of, find_stacks, linearized, select_linears
@@ -174,7 +174,6 @@ def test_hessians_of_experts_by_the_definition(family: str, sink: float) -> None
         assert each.statistics is not None
         assert each.statistics.tokens == count
         assert each.weighted
-        assert (each.statistics.sample_ND is None) == (sink == 0.0)
         torch.testing.assert_close(matrix_DD(each), expected_DD, rtol=1e-4, atol=1e-5 * float(expected_DD.max()))
 
 
@@ -274,13 +273,10 @@ def test_tuned_experts_keep_their_masks(family: str) -> None:
 def test_samples_have_no_more_first_tokens_than_the_text() -> None:
     tokens, length = 128 * 2048, 2048
     step = sampling_step(tokens, 2048)
-    for place_N in (
-        torch.cat([sampled(torch.arange(length), length * before, step) for before in range(128)]),
-        torch.cat([thinned(torch.arange(length), 16, turn) for turn in range(128)]),
-    ):
-        assert len(place_N) == pytest.approx(2048, rel=0.02)
-        assert int((place_N == 0).sum()) <= 2
-        assert int((place_N < length // 2).sum()) == pytest.approx(len(place_N) / 2, rel=0.02)
+    place_N = torch.cat([sampled(torch.arange(length), length * before, step) for before in range(128)])
+    assert len(place_N) == pytest.approx(2048, rel=0.02)
+    assert int((place_N == 0).sum()) <= 2
+    assert int((place_N < length // 2).sum()) == pytest.approx(len(place_N) / 2, rel=0.02)
     whole_N = sampled(torch.arange(tokens), 0, step)
     parts = [sampled(part, int(part[0]), step) for part in torch.arange(tokens).split(3000)]
     assert torch.cat(parts).equal(whole_N), "it does not depend on batches"

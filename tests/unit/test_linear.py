@@ -11,8 +11,6 @@ from layers import layer_of, make_layer
 from torch import Tensor
 
 from optima.core import Auto
-from optima.core.hessian import Hessian
-from optima.core.statistics import Statistics
 from optima.device import Stopwatch
 from optima.errors import RecipeError
 from optima.linear import Methods, prune_linear
@@ -57,23 +55,8 @@ def test_the_record_is_true_of_the_written_weights(
     assert record.error_mask == pytest.approx(
         loss(weight_OD * result.keep_OD - weight_OD, inputs_TD) / energy, rel=1e-4
     )
-    assert record.error_plain == record.error
     assert (record.gap_max is None) == (record.gap_written_max is None) == (solver is None)
     assert torch.equal(task.weight_OD, weight_OD), "the dense weight is the caller's"
-
-
-def test_the_plain_error_counts_every_token_alike() -> None:
-    weight_OD, inputs_TD = make_layer(16, 32, dtype=torch.float32)
-    first_ND, extra = inputs_TD[:4].float(), 9.0
-    weighted_DD = inputs_TD.mT @ inputs_TD + extra * (first_ND.mT @ first_ND).double()
-    total = len(inputs_TD) + extra * len(first_ND)
-    statistics = Statistics(
-        Hessian(weighted_DD / total, 0.01), len(inputs_TD), first_ND * extra**0.5, extra * len(first_ND)
-    )
-    result = prune_linear(LinearTask("linear", weight_OD, statistics), HALF, Methods(Wanda(), solver=Auto()))
-    change_OD = result.weight_OD - weight_OD
-    assert result.record.error_plain == pytest.approx(loss(change_OD, inputs_TD) / loss(weight_OD, inputs_TD), rel=1e-3)
-    assert result.record.error != pytest.approx(result.record.error_plain, rel=1e-3)
 
 
 def wrong_answers() -> dict[str, Any]:

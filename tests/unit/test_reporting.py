@@ -151,10 +151,10 @@ class TestSummary:
 class TestMarkdown:
     def test_columns_are_there_where_they_say_something(self) -> None:
         plain = section(render_markdown(report()), "Largest errors")[0]
-        assert not {"selector", "uniform", "not converged"} & {cell.strip() for cell in plain.split("|")}
-        other = linear("mlp.down_proj", error_selector=0.15, error_plain=0.3, rows_not_converged=1)
+        assert not {"selector", "not converged"} & {cell.strip() for cell in plain.split("|")}
+        other = linear("mlp.down_proj", error_selector=0.15, rows_not_converged=1)
         full = section(render_markdown(report(linear(), other)), "Largest errors")[0]
-        assert {"selector", "uniform", "not converged"} <= {cell.strip() for cell in full.split("|")}
+        assert {"selector", "not converged"} <= {cell.strip() for cell in full.split("|")}
         assert "gap" not in section(render_markdown(report(unsolved())), "By kind of linear layer")[0]
 
     def test_times(self) -> None:

@@ -1,6 +1,6 @@
 """The sum X^T S X of linears that share their input, over batches and over ranks.
 
-Shapes: T tokens, D inputs, O outputs, N tokens that weigh more than one, or whose inputs are kept.
+Shapes: T tokens, D inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -32,40 +32,16 @@ class Accumulator:
     def __init__(self) -> None:
         self.sum_DD: Tensor | None = None
         self.tokens = 0
-        self.extra: list[Tensor] = []
-        self.sample: list[Tensor] = []
-        self._extra_weight: float | Tensor = 0.0  # a tensor stays on the device, and is not waited for
+        self._weight: float | Tensor = 0.0  # tr S; a tensor stays on the device, and is not waited for
 
-    @property
-    def extra_weight(self) -> float:
-        """Of all tokens, beyond one each."""
-        return float(self._extra_weight)
-
-    def add(
-        self,
-        inputs_TD: Tensor,
-        weight_T: Tensor | None = None,
-        heavy_ND: Tensor | None = None,
-        weight: float = 0.0,
-        sample_ND: Tensor | None = None,
-    ) -> None:
-        """Add tokens that weigh 1 each, or ``weight_T``. Out of memory, it adds nothing at all.
-
-        Args:
-            inputs_TD: of the tokens.
-            weight_T: of each.
-            heavy_ND: those of them that weigh more, each by ``weight``.
-            weight: see there.
-            sample_ND: those of them to keep.
-        """
-        tokens, extra_weight = len(inputs_TD), self._extra_weight
-        extra = [] if heavy_ND is None else [heavy_ND.float() * weight**0.5]
-        sample = [] if sample_ND is None else [sample_ND.to(torch.float32, copy=True)]  # a view would hold the batch
+    def add(self, inputs_TD: Tensor, weight_T: Tensor | None = None) -> None:
+        """Add tokens that weigh 1 each, or ``weight_T``. Out of memory, it adds nothing at all."""
+        tokens = len(inputs_TD)
+        weight = tokens if weight_T is None else weight_T.sum(dtype=torch.float64)
         if self.sum_DD is None:
             size = inputs_TD.shape[1]
             self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
         if weight_T is not None:
-            extra_weight = (weight_T.sum(dtype=torch.float64) - tokens) + extra_weight
             weighted_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
             # Rounded as the model rounds its inputs, for bfloat16 multiplies faster.
             inputs_TD = weighted_TD.bfloat16() if inputs_TD.dtype == torch.bfloat16 else weighted_TD
@@ -74,52 +50,35 @@ class Accumulator:
             inputs_TD = nn.functional.pad(inputs_TD, (0, 0, 0, missing))
         with bfloat16_products() if inputs_TD.dtype == torch.bfloat16 else nullcontext():
             add_gram(self.sum_DD, inputs_TD)
-        self.tokens += tokens
-        self._extra_weight = extra_weight + weight * sum(map(len, extra))
-        self.extra += extra
-        self.sample += sample
-
-    def finish(self, damping: float) -> Statistics | None:
-        """H = X^T S X / tr S and what it is made of; None if there were no tokens. The accumulator is used up."""
-        if self.sum_DD is None:
-            return None
-        extra_ND, sample_ND = (torch.cat(rows) if rows else None for rows in (self.extra, self.sample))
-        return Statistics(Hessian(self.mean(), damping), self.tokens, extra_ND, self.extra_weight, sample_ND)
+        self.tokens, self._weight = self.tokens + tokens, self._weight + weight
 
     def mean(self) -> Tensor:
         """X^T S X / tr S, (D, D), float64. The sum is used up."""
         assert self.sum_DD is not None
         sum_DD, self.sum_DD = mirror(self.sum_DD), None
-        if self.extra:
-            extra_ND = torch.cat(self.extra).double()
-            sum_DD.addmm_(extra_ND.mT, extra_ND)
-        return sum_DD.div_(self.tokens + self.extra_weight)
+        return sum_DD.div_(float(self._weight))
 
-    def counts(self) -> tuple[int, int, float, int, int]:
-        """D, tokens, their weight beyond one, and the rows of inputs that are kept."""
-        size = 0 if self.sum_DD is None else len(self.sum_DD)
-        return size, self.tokens, self.extra_weight, sum(map(len, self.extra)), sum(map(len, self.sample))
+    def finish(self, damping: float) -> Statistics | None:
+        """The Hessian, ``mean``, and the number of tokens; None if there were none. The accumulator is used up."""
+        return None if self.sum_DD is None else Statistics(Hessian(self.mean(), damping), self.tokens)
+
+    def counts(self) -> tuple[int, int, float]:
+        """D, tokens, and their weight."""
+        return 0 if self.sum_DD is None else len(self.sum_DD), self.tokens, float(self._weight)
 
     def reduce(
-        self, counts: Sequence[tuple[int, int, float, int, int]], owner: int | None, ranks: Ranks, device: torch.device
+        self, counts: Sequence[tuple[int, int, float]], owner: int | None, ranks: Ranks, device: torch.device
     ) -> None:
         """Add up the sums of all ranks at the ``owner``, or at all; they are empty elsewhere. ``counts``: of each."""
-        sizes, tokens, weights, extras, samples = zip(*counts, strict=True)
-        self.tokens, self._extra_weight = sum(tokens), sum(weights)
+        sizes, tokens, weights = zip(*counts, strict=True)
+        self.tokens, self._weight = sum(tokens), sum(weights)
         if not self.tokens:
             return
         if self.sum_DD is None:
             self.sum_DD = torch.zeros(max(sizes), max(sizes), dtype=torch.float64, device=device)
         ranks.all_reduce_lower_(self.sum_DD, owner)
-        for rows, numbers in ((self.extra, extras), (self.sample, samples)):
-            if sum(numbers):  # in the order of their sequences: each rank adds its own to zeros
-                all_ND = torch.zeros(sum(numbers), max(sizes), device=device)
-                if rows:
-                    begin = sum(numbers[: ranks.rank])
-                    all_ND[begin : begin + numbers[ranks.rank]] = torch.cat(rows)
-                rows[:] = [ranks.all_reduce_(all_ND, owner)]
         if owner not in (None, ranks.rank):
-            self.sum_DD, self.extra, self.sample = None, [], []
+            self.sum_DD = None
 
 
 def reduce_to(

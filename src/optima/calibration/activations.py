@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,8 +37,6 @@ PROBE_LENGTH = 8
 # What a block is called with besides its hidden states (positions, masks, rotary embeddings ...), by place and by name.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
-# A context entered around the forward pass of samples of a batch.
-Watch = Callable[[int, slice], AbstractContextManager[None]]
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
 
@@ -72,14 +70,6 @@ class Probe:
     dense_arguments: bool
     shared_states: bool
     routed: frozenset[str]
-
-    def first_tokens(self, inputs: Tensor, name: str, samples: int, length: int) -> Tensor | None:
-        """The inputs (B, D) of each sequence's first token among those of the linear ``name``; None if unknown."""
-        counts = [count for count in inputs.shape[:-1] if count != 1]
-        flat = counts == [samples * length] and name not in self.routed
-        if not flat and (inputs.ndim < 3 or counts != [count for count in (samples, length) if count != 1]):
-            return None
-        return inputs.reshape(-1, inputs.shape[-1])[::length]
 
 
 @dataclass
@@ -167,15 +157,15 @@ class Activations:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def forward(self, block: Block, watch: Watch | None = None) -> None:
+    def forward(self, block: Block, start: Callable[[int, slice], None] = lambda batch, rows: None) -> None:
         """Replace each batch's hidden states by the block's outputs.
 
-        ``watch`` is entered around each forward pass, with the batch and the samples of it that run.
+        ``start`` is called before each forward pass, with the batch and the samples of it that run.
         """
 
         def run(batch: int, rows: slice) -> Tensor:
-            with nullcontext() if watch is None else watch(batch, rows):
-                return _queue_copy(hidden_of(self.run(block, batch, rows)))
+            start(batch, rows)
+            return _queue_copy(hidden_of(self.run(block, batch, rows)))
 
         queued: list[tuple[int, list[Tensor], torch.cuda.Event | None]] = []
         with full_precision():

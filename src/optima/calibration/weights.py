@@ -115,11 +115,13 @@ class FisherWeights:
         routed = {name: [own[batch] for batch in batches] for name, own in self.routed.items()}
         return replace(self, tokens=tokens, routed=routed)
 
-    def of_routed(self, name: str, batch: int, size: int) -> Tensor | None:
-        """Weights of a batch's ``size`` tokens at an expert's linear ``name``, wherever they were routed.
+    def of(self, name: str, batch: int, size: int) -> Tensor | None:
+        """Weights of a batch's ``size`` tokens at a linear or block, (T,); None if they are not known.
 
-        A token that the dense model sent elsewhere has the mean of the expert's, which is 1.
+        Of an expert: a token that the dense model sent elsewhere has the mean, which is 1.
         """
+        if name in self.tokens:
+            return self.tokens[name][batch]
         if name not in self.routed:
             return None
         tokens_T, own_T = self.routed[name][batch]

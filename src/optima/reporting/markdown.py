@@ -26,16 +26,15 @@ from optima.reporting.summary import (
     stage_times,
     summary,
     tuning_rows,
-    weighted,
 )
 
 NUM_WORST = 10
 
 READING = """\
 Errors are relative reconstruction errors `||X (V - W)^T||^2 / ||X W^T||^2` on the calibration inputs, with the token
-weights of the *objective*; *uniform* is the result with uniform token weights, which published figures use.
-*mask* keeps the surviving weights at their dense values, *selector* has the selector's own update, *result* is the
-solution as written. *change* compares result and selector. Means are geometric over linear layers.
+weights of the *objective*. *mask* keeps the surviving weights at their dense values, *selector* has the selector's own
+update, *result* is the solution as written. *change* compares result and selector. Means are geometric over linear
+layers.
 
 A row's *gap* bounds its distance from the optimum of its damped problem, relative to that optimum: *gap* before the
 cast, *gap written* after it. Layers marked *tuned* were changed after the solve: their errors and gaps were measured
@@ -70,7 +69,6 @@ COLUMNS: dict[str, Callable[[Linears], str]] = {
     "mask": lambda ls: error(mean(ls, "error_mask")),
     "selector": _selector,
     "result": lambda ls: error(mean(ls, "error")),
-    "uniform": lambda ls: error(mean(ls, "error_plain")) if weighted(ls) else "",
     "change": lambda ls: change(mean(ls, "error_selector"), mean(ls, "error")) if rows_solved(ls) else "",
     "gap": lambda ls: gap(largest(linear.gap_max for linear in ls)),
     "gap written": _gap_written,

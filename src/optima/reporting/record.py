@@ -38,7 +38,7 @@ class LinearRecord(Record):
     """One pruned linear.
 
     Errors are relative reconstruction errors ||X (V - W)^T||_F^2 / ||X W^T||_F^2 on the calibration inputs, with the
-    Hessian's token weights except in ``error_plain``. "As written" means in the checkpoint's dtype.
+    Hessian's token weights. "As written" means in the checkpoint's dtype.
     """
 
     block: Int  # index of the block in the model
@@ -50,7 +50,6 @@ class LinearRecord(Record):
     error_mask: float  # of the mask alone, the surviving weights at their dense values
     error_selector: float  # of the selector's own weights, cast; ``error_mask`` when it only selects
     error: float  # of the result as written; before tuning if ``tuned``
-    error_plain: float  # the same with uniform token weights
     solver: str  # the solver that ran, or ``none``
     gap_max: float | None  # largest certified gap of a row, before cast and tuning; None when no solver ran
     gap_median: float | None  # median of the rows' gaps

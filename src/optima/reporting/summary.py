@@ -62,9 +62,8 @@ def _errors(linears: Linears) -> str:
     if any(linear.error_selector != linear.error_mask for linear in linears):
         steps.append(f"{error(mean(linears, 'error_selector'))} with the selector's weights")
     by = f" ({text})" if (text := _versus_selector(linears)) else ""
-    plain = f"; {error(mean(linears, 'error_plain'))} with uniform token weights" if weighted(linears) else ""
     when = "after the solve, before tuning" if num_tuned(linears) else "in the result"
-    return f"Mean relative layer error: {', '.join(steps)}, **{error(mean(linears, 'error'))} {when}**{by}{plain}."
+    return f"Mean relative layer error: {', '.join(steps)}, **{error(mean(linears, 'error'))} {when}**{by}."
 
 
 def _versus_selector(linears: Linears) -> str:
@@ -223,11 +222,6 @@ def names_of(names: Sequence[str]) -> str:
 def num_tuned(linears: Linears) -> int:
     """Number of linears that tuning changed after their solve."""
     return sum(linear.tuned for linear in linears)
-
-
-def weighted(linears: Linears) -> bool:
-    """Whether tokens have different weights."""
-    return any(linear.error_plain != linear.error for linear in linears)
 
 
 def rows_solved(linears: Linears) -> int:
