@@ -22,7 +22,7 @@ from harness.treatment import CPU, Untreated, heading, make_parser, read
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima import hold_zeros
+from optima import preserve_masks
 from optima.data.datasets import load_documents
 from optima.device import PeakMemory
 from optima.evaluation.perplexity import evaluation_windows, perplexity
@@ -54,7 +54,7 @@ class Bench:
         """
         dense = self.untreated.dense
         model = type(dense).from_pretrained(solved, dtype=torch.float32).eval()
-        held = hold_zeros(model)
+        masks = preserve_masks(model)
         model.get_input_embeddings().requires_grad_(False)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [{"params": [each], "size": size_of(each) * rate} for each in trained]
@@ -76,7 +76,7 @@ class Bench:
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
-        held.remove()
+        masks.remove()
         return model.to(dense.dtype)
 
 

@@ -164,8 +164,8 @@ class World:
         """Make the models and outputs that a command reads: its arguments before the first option."""
         end = next((place for place, each in enumerate(arguments) if each.startswith("-")), len(arguments))
         for place, name in enumerate(arguments[:end]):
-            if command != "unpack" and not name.endswith(TEXTS):
-                self._model(name, pruned=command in ("report", "pack") or (command == "eval" and place > 0))
+            if command != "restore" and not name.endswith(TEXTS):
+                self._model(name, pruned=command in ("report", "compress") or (command == "eval" and place > 0))
 
     def _model(self, name: str, pruned: bool = False) -> None:
         if not Path(name).exists():

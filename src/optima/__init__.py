@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optima.errors import OptimaError
-    from optima.extras.compress import pack, unpack
-    from optima.extras.mask_preserving import HoldZeros, hold_zeros
+    from optima.extras.compress import compress, restore
+    from optima.extras.mask_preserving import PreserveMasks, preserve_masks
     from optima.extras.order import Ordering, order
     from optima.extras.semi_structured import accelerate
     from optima.hub import push
@@ -20,45 +20,45 @@ __all__ = [
     "NM",
     "BlockEvent",
     "Callback",
-    "HoldZeros",
     "OptimaError",
     "Ordering",
+    "PreserveMasks",
     "Recipe",
     "Report",
     "RunStart",
     "Unstructured",
     "accelerate",
-    "hold_zeros",
+    "compress",
     "load_recipe",
     "load_report",
     "order",
-    "pack",
+    "preserve_masks",
     "prune",
     "push",
-    "unpack",
+    "restore",
 ]
 __version__ = "0.1.0"
 
 _HOMES = {
     "BlockEvent": "reporting.callbacks",
     "Callback": "reporting.callbacks",
-    "HoldZeros": "extras.mask_preserving",
     "NM": "patterns",
     "OptimaError": "errors",
     "Ordering": "extras.order",
+    "PreserveMasks": "extras.mask_preserving",
     "Recipe": "recipe",
     "Report": "reporting.record",
     "RunStart": "reporting.callbacks",
     "Unstructured": "patterns",
     "accelerate": "extras.semi_structured",
-    "hold_zeros": "extras.mask_preserving",
+    "compress": "extras.compress",
     "load_recipe": "recipe",
     "load_report": "reporting.record",
     "order": "extras.order",
-    "pack": "extras.compress",
+    "preserve_masks": "extras.mask_preserving",
     "prune": "run",
     "push": "hub",
-    "unpack": "extras.compress",
+    "restore": "extras.compress",
 }
 
 

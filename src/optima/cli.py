@@ -145,8 +145,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--html", metavar="FILE", help="write one page of all, each compared with the first")
 
     for name, text, suffix in (
-        ("pack", "store a pruned checkpoint without its zeros", "packed"),
-        ("unpack", "restore a packed checkpoint, bit for bit", "unpacked"),
+        ("compress", "store a pruned checkpoint without its zeros", "compressed"),
+        ("restore", "restore a compressed checkpoint, bit for bit", "restored"),
     ):
         option = add(name, text, "DIR [--output-dir DIR]")
         option("directory", metavar="DIR", help="the checkpoint, in safetensors format")
@@ -154,7 +154,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         option("--overwrite", **overwrite)
 
     option = add("push", "publish a pruned checkpoint on the hub", "DIR REPO [options]")
-    option("directory", metavar="DIR", help="what optima prune or optima pack wrote")
+    option("directory", metavar="DIR", help="what optima prune or optima compress wrote")
     option("repo", metavar="REPO", help="name, or owner/name; created if it does not exist")
     option("--private", action="store_true", help="create it as private; fail if it exists and is public")
     option("--message", metavar="TEXT", help="commit message")
@@ -355,19 +355,12 @@ def _write_page(reports: dict[str, Report], file: Path, more: Sequence[Sequence[
     _say(f"page: {file}")
 
 
-def _pack(directory: str, output_dir: str | None = None, **options: Any) -> None:
-    from optima.extras.compress import place_for
-
-    size = optima.pack(directory, output_dir, **options)
-    _say(f"{size}: {place_for(directory, output_dir, '-packed')}")
+def _compress(directory: str, **options: Any) -> None:
+    _say(str(optima.compress(directory, **options)))
 
 
-def _unpack(directory: str, output_dir: str | None = None, **options: Any) -> None:
-    from optima.extras.compress import place_for
-
-    restored = optima.unpack(directory, output_dir, **options)
-    place = place_for(directory, output_dir, "-unpacked")
-    _say(f"{restored / 1e6:,.1f} MB restored, every checksum right: {place}")
+def _restore(directory: str, **options: Any) -> None:
+    _say(f"{optima.restore(directory, **options)}, every checksum right")
 
 
 def _recipe(action: str, name: str | None = None) -> None:
@@ -394,7 +387,7 @@ def _demo(model: str, output_dir: str, num_calibration_samples: int) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     name: globals()[f"_{name}"]
-    for name in ("prune", "plan", "order", "eval", "report", "pack", "unpack", "push", "recipe", "demo")
+    for name in ("prune", "plan", "order", "eval", "report", "compress", "restore", "push", "recipe", "demo")
 }
 
 

@@ -31,9 +31,9 @@ from tiny import (
     save_text,
 )
 
-from optima import Callback, Recipe, hold_zeros, load_report, prune
+from optima import Callback, Recipe, load_report, prune
 from optima.cli import main
-from optima.errors import ModelError, OptimaError, RecipeError
+from optima.errors import ModelError, OptimaError
 from optima.reporting.record import BlockDone
 
 MODEL = Path("model")
@@ -80,7 +80,7 @@ def save_whisper() -> None:
         ("model", partial(edit_config, architectures=["MartianForCausalLM"]), "model is a MartianForCausalLM"),
         ("model", (MODEL / WEIGHTS).unlink, "model has no .safetensors weights"),
         ("model", partial(rename_weights, "pytorch_model.bin"), "no .safetensors weights: convert pickle files"),
-        ("model", partial(rename_weights, "model.packed.safetensors"), "optima unpack model"),
+        ("model", partial(rename_weights, "model.compressed.safetensors"), "optima restore model"),
         ("sounds", save_whisper, "WhisperForConditionalGeneration reads input_features, not text"),
         ("vit", lambda: save_model(Path("vit"), hf.ViTModel(hf.ViTConfig(**SMALL))), "ViTModel reads pixel_values"),
         ("model", partial(edit_config, quantization_config={"quant_method": "bitsandbytes"}), "model is quantized"),
@@ -284,13 +284,6 @@ def test_arguments_in_python(root: Path, message: str, options: dict[str, object
     defaults = {"model": make_llama(), "recipe": Recipe(max_seq_length=8), "calibration": make_tokens()}
     with pytest.raises(OptimaError, match=message):
         prune(**defaults | options)  # type: ignore[arg-type]
-
-
-def test_masks_to_hold_in_python() -> None:
-    with pytest.raises(ModelError, match="has zeros to hold"):
-        hold_zeros(make_llama(), {})
-    with pytest.raises(RecipeError, match="must be a bool tensor"):
-        hold_zeros(make_llama(), {"model.layers.0.mlp.up_proj": torch.ones(48, 32, dtype=torch.bool).numpy()})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("gone", [True, False], ids=["gone", "cut"])

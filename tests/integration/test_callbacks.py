@@ -205,6 +205,6 @@ class TestExitCodes:
 
     def test_a_bug_is_no_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Python ends with 1 and the traceback."""
-        monkeypatch.setitem(COMMANDS, "pack", lambda **_: 1 / 0)
+        monkeypatch.setitem(COMMANDS, "compress", lambda **_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            main(["pack", "somewhere"])
+            main(["compress", "somewhere"])

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from optima import Recipe, prune
 from optima.cli import main
 from optima.errors import RecipeError
-from optima.extras.mask_preserving import hold_zeros
+from optima.extras.mask_preserving import preserve_masks
 from optima.selectors.external import External
 
 UP = "model.layers.0.mlp.up_proj"
@@ -114,16 +114,16 @@ def test_masks_of_experts_that_a_checkpoint_stores_one_by_one(root: Path, family
 
 
 def test_masks_named_after_single_experts(root: Path) -> None:
-    """As ``hold_zeros`` has them: outputs x inputs."""
+    """As ``preserve_masks`` has them: outputs x inputs."""
     family, name = "mixtral", "model.layers.0.mlp.experts.down_proj"
     first, again = build(family), build(family)
     prune(first, Recipe(objective="sink", sparsity=0.6), calibration=make_ids())
-    saved(hold_zeros(first).keep)
+    saved(preserve_masks(first).keep)
     recipe = Recipe(selector="external", mask_from="masks.safetensors", objective="sink", solver="none")
     prune(again, recipe, calibration=make_ids())
     weights, kept = first.state_dict(), again.state_dict()
     assert all(torch.equal(weights[key] == 0, kept[key] == 0) for key in weights if "_proj" in key)
-    masks = hold_zeros(first).keep
+    masks = preserve_masks(first).keep
     saved({**masks, f"{name}.0": masks[f"{name}.0"].mT})
     with pytest.raises(RecipeError, match=rf"mask of {name}\.0 has shape"):
         prune(build(family), recipe, calibration=make_ids())

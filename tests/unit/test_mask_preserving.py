@@ -1,10 +1,10 @@
-"""Fine-tuning with held zeros: the mask stays as it is, bit for bit, and the rest moves."""
+"""Mask-preserving fine-tuning: the mask stays as it is, bit for bit, and the rest moves."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import families
@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import optima
-from optima import HoldZeros
 from optima.errors import ModelError, RecipeError
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
-    "rprop": lambda p: torch.optim.Rprop(p, lr=1e-2),
-}
+
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
 
 
 def sparse_llama(sparsity: float = 0.6) -> nn.Module:
@@ -47,58 +45,62 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
         optimizer.step()
 
 
-def check_held(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+def check_preserved(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     for name, old in before.items():
         new, zero = after[name], old == 0
         assert not new[zero].view(torch.int32).any(), f"{name}: not +0 in every bit"
         assert bool((new[~zero] != old[~zero]).double().mean() > 0.9), f"{name} has hardly moved"
 
 
-def test_a_model_that_is_gone_is_held_no_more() -> None:
+def test_masks_are_freed_with_their_model() -> None:
     model = sparse_llama()
-    optima.hold_zeros(model)
+    optima.preserve_masks(model)
     module = weakref.ref(model)
     model = sparse_llama()
-    optima.hold_zeros(model)
+    optima.preserve_masks(model)
     gc.collect()
     assert module() is None
     before = weights(model)
     train(model, torch.optim.SGD(model.parameters(), lr=1e-1))
-    check_held(before, weights(model))
+    check_preserved(before, weights(model))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_plain_loop_leaves_zeros_alone(name: str) -> None:
+def test_a_plain_loop_leaves_zeros_alone() -> None:
     model = sparse_llama()
     before = weights(model)
-    handle = optima.hold_zeros(model)
+    handle = optima.preserve_masks(model)
     assert handle.keep.keys() == before.keys()
-    train(model, OPTIMIZERS[name](model.parameters()))
-    check_held(before, weights(model))
+    train(model, adamw(model.parameters()))
+    check_preserved(before, weights(model))
     for linear, keep in handle.keep.items():
         gradient = model.get_submodule(linear).weight.grad
         assert not gradient[~keep].any()
         assert gradient[keep].any()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    handle.apply()  # after a change outside of optimizers, such as the merge of an adapter
+    assert all(not weights(model)[name][old == 0].any() for name, old in before.items())
     handle.remove()
 
 
-def test_held_zeros_outlast_moments_from_before() -> None:
+def test_masks_outlast_moments_from_before() -> None:
     """An optimizer that has seen gradients of pruned weights moves them, whatever their gradients are now."""
     model = make_llama().train()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    optimizer = adamw(model.parameters())
     train(model, optimizer)
     keep = {
         name: torch.arange(weight.numel()).reshape(weight.shape) % 2 == 0 for name, weight in weights(model).items()
     }
-    handle = optima.hold_zeros(model, {f"{name}.weight": mask for name, mask in keep.items()})
+    handle = optima.preserve_masks(model, {f"{name}.weight": mask for name, mask in keep.items()})
     before = weights(model)
     assert all(torch.equal(before[name] != 0, mask) for name, mask in keep.items())
     train(model, optimizer)
-    check_held(before, weights(model))
+    check_preserved(before, weights(model))
     handle.remove()
 
 
-def test_trainer_callback_holds_to_the_end_and_lets_go(tmp_path: Path) -> None:
+def test_trainer_callback_from_the_first_step_to_the_last(tmp_path: Path) -> None:
     model = sparse_llama()
     before = weights(model)
     data = [{"input_ids": row, "labels": row} for row in make_tokens(samples=8)]
@@ -114,43 +116,33 @@ def test_trainer_callback_holds_to_the_end_and_lets_go(tmp_path: Path) -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
-    callback = optima.HoldZeros()
+    callback = optima.PreserveMasks()
     Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
-    check_held(before, weights(model))
-    assert callback.held is None
-    train(model, OPTIMIZERS["adamw"](model.parameters()), steps=1)
+    check_preserved(before, weights(model))
+    assert callback.masks is None
+    train(model, adamw(model.parameters()), steps=1)
     assert any(bool((weights(model)[name][old == 0] != 0).any()) for name, old in before.items())
 
 
-def test_adapters_and_tied_embeddings_are_not_held() -> None:
+def test_adapters_and_tied_embeddings_have_no_mask() -> None:
     model = make_llama(tie_word_embeddings=True)
     with torch.no_grad():
         model.get_input_embeddings().weight[5] = 0  # a row of padding
         model.model.layers[0].mlp.up_proj.weight[:, 3] = 0
         model.model.layers[0].mlp.down_proj.weight.zero_()  # as an adapter begins
-    handle = optima.hold_zeros(model)
+    handle = optima.preserve_masks(model)
     handle.remove()
     assert list(handle.keep) == ["model.layers.0.mlp.up_proj"]
 
 
-def test_frozen_weights_are_held_without_a_gradient() -> None:
-    model = sparse_llama().requires_grad_(False)
-    handle = optima.hold_zeros(model)
-    model.requires_grad_(True)
-    before = weights(model)
-    train(model, OPTIMIZERS["adamw"](model.parameters()))
-    check_held(before, weights(model))
-    handle.remove()
-
-
-def test_what_cannot_be_held_is_refused() -> None:
-    with pytest.raises(ModelError, match="has zeros to hold: prune it first"):
-        optima.hold_zeros(make_llama())
+def test_what_cannot_be_preserved_is_refused() -> None:
+    with pytest.raises(ModelError, match="has zeros: prune it first"):
+        optima.preserve_masks(make_llama())
     with pytest.raises(RecipeError, match=r"keep names nowhere, and the model has no such linear"):
-        optima.hold_zeros(make_llama(), {"nowhere": torch.ones(2, 2, dtype=torch.bool)})
+        optima.preserve_masks(make_llama(), {"nowhere": torch.ones(2, 2, dtype=torch.bool)})
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(RecipeError, match=rf"the mask of {name} must be a bool tensor of shape \(48, 32\)"):
-        optima.hold_zeros(make_llama(), {name: torch.ones(48, 32)})
+        optima.preserve_masks(make_llama(), {name: torch.ones(48, 32)})
 
 
 def test_experts_of_one_parameter_share_one_mask() -> None:
@@ -158,7 +150,7 @@ def test_experts_of_one_parameter_share_one_mask() -> None:
     optima.prune(model, optima.Recipe(selector="magnitude", solver="none"), calibration=families.make_ids())
     linears = {linear.name: linear for block in blocks_of(model) for linear in block.linears}
     before = {name: linear.read().clone() for name, linear in linears.items()}
-    handle = optima.hold_zeros(model.train())
+    handle = optima.preserve_masks(model.train())
     assert handle.keep.keys() == before.keys()
     masks = {mask.untyped_storage().data_ptr(): mask.untyped_storage().nbytes() for mask in handle.keep.values()}
     assert sum(masks.values()) == sum(weight.numel() for weight in before.values())
@@ -172,19 +164,6 @@ def test_experts_of_one_parameter_share_one_mask() -> None:
     handle.remove()
     (name,) = [name for name in before if name.endswith("layers.1.mlp.experts.down_proj.2")]
     keep = torch.rand(before[name].shape) > 0.5
-    optima.hold_zeros(model, {name: keep}).remove()
+    optima.preserve_masks(model, {name: keep}).remove()
     assert not linears[name].read()[~keep].any()
     assert linears[name.removesuffix("2") + "1"].read().any()
-
-
-def test_changes_outside_of_torchs_optimizers() -> None:
-    """Such as the merge of an adapter, or another optimizer's step."""
-    model, callback = sparse_llama(), HoldZeros()
-    before = weights(model)
-    callback.on_train_begin(None, None, None, model=model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1.0)
-    callback.on_step_end(None, None, None, model=model)
-    assert all(not weights(model)[name][old == 0].any() for name, old in before.items())
-    callback.on_train_end(None, None, None, model=model)

@@ -220,7 +220,7 @@ def test_a_download_that_breaks_off_is_explained(error: type[Exception]) -> None
 def test_a_path_that_cannot_be(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
-    for use in (find_source, MaskFiles, optima.pack, optima.unpack):
+    for use in (find_source, MaskFiles, optima.compress, optima.restore):
         with pytest.raises(ModelError, match="cannot be used"):
             use(name)
 

@@ -21,29 +21,27 @@ from optima.errors import ModelError, RecipeError
 from optima.models.blocks import Linear, linears_of
 
 
-class HeldZeros:
-    """The masks that ``hold_zeros`` keeps; they are freed together with the parameters.
+class PreservedMasks:
+    """What ``preserve_masks`` returns.
 
     Attributes:
-        keep: by the name of each linear its mask, bool, True = survives; shaped as ``hold_zeros`` says.
+        keep: by the name of each linear its mask, bool, True = survives; shaped as ``preserve_masks`` says.
     """
 
     def __init__(self, linears: Mapping[str, Linear], keep: Mapping[str, Tensor]) -> None:
-        # parameter -> [mask], which moves with the model; experts of one parameter have one mask together
-        self._masks = WeakTensorKeyDictionary()
+        # parameter -> [mask], which moves with the model; experts of one parameter have one mask together. The keys are
+        # weak, for torch keeps the hook of the step for ever.
+        masks = self._masks = WeakTensorKeyDictionary()
         self.keep: dict[str, Tensor] = {}
         for name, mask in keep.items():
             parameter = linears[name].parameter
-            if parameter not in self._masks:
-                self._masks[parameter] = [torch.ones_like(parameter, dtype=torch.bool)]
-            self.keep[name] = _part_of(linears[name], self._masks[parameter][0])
+            if parameter not in masks:
+                masks[parameter] = [torch.ones_like(parameter, dtype=torch.bool)]
+            self.keep[name] = _part_of(linears[name], masks[parameter][0])
             self.keep[name].copy_(mask)
-        # A frozen weight takes no hook; should it be trained later, the hook of the step still keeps its zeros.
-        trained = [parameter for parameter in self._masks if parameter.requires_grad]
-        self._hooks: list[RemovableHandle] = [
-            parameter.register_hook(partial(_masked, self._masks[parameter])) for parameter in trained
-        ]
-        masks = self._masks  # not self: torch keeps such a hook for ever
+        # A frozen weight takes no hook; if it is trained later, the hook of the step still keeps its zeros.
+        trained = [parameter for parameter in masks if parameter.requires_grad]
+        self._hooks: list[RemovableHandle] = [each.register_hook(partial(_masked, masks[each])) for each in trained]
         self._hooks.append(register_optimizer_step_post_hook(lambda *_: _apply(masks)))
         self.apply()
 
@@ -73,7 +71,7 @@ def _part_of(linear: Linear, stored: Tensor) -> Tensor:
     return stored if stored.ndim == 2 else linear.orient(stored)
 
 
-def hold_zeros(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> HeldZeros:
+def preserve_masks(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> PreservedMasks:
     """Keep pruned weights at zero from now on, through training by any optimizer of torch.
 
     The masks cost a byte a weight. Training in one process, or in several that each have the whole model, is covered;
@@ -83,9 +81,8 @@ def hold_zeros(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> He
         model: a sparse model; its parameters must stay the same objects, as they do in ``model.to``.
         keep: masks by the name of their linear, with or without ``.weight``: bool, shaped as the model stores the
             weight (of an expert in a fused parameter: outputs x inputs), True = survives; what does not survive
-            becomes zero at once. Without it, weights of linears that are exactly zero now are pruned. A linear of
-            nothing but zeros (an adapter before training) is left alone, and so is one that shares the weight of an
-            embedding.
+            becomes zero at once. Without it, weights of linears that are exactly zero now are pruned, except in
+            linears of nothing but zeros (adapters before training) and those that share the weight of an embedding.
 
     Returns:
         A handle; its ``remove()`` ends it.
@@ -95,49 +92,42 @@ def hold_zeros(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> He
         RecipeError: if a mask fits no linear.
     """
     linears = {linear.name: linear for linear in linears_of(model, "")}
+    stored = {name: _part_of(linear, linear.parameter.detach()) for name, linear in linears.items()}
     if keep is None:
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        own = {name: each for name, each in linears.items() if id(each.parameter) not in embeddings}
-        found = {name: _part_of(each, each.parameter.detach()) != 0 for name, each in own.items()}
-        found = {name: mask for name, mask in found.items() if mask.any() and not mask.all()}
+        embeddings = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)}
+        masks = {name: weight != 0 for name, weight in stored.items() if weight.data_ptr() not in embeddings}
+        masks = {name: mask for name, mask in masks.items() if mask.any() and not mask.all()}
     else:
-        if not isinstance(keep, Mapping):
-            raise RecipeError(f"keep is a {type(keep).__name__}: give masks by the names of their linears")
-        found = {name.removesuffix(".weight"): mask for name, mask in keep.items()}
-        for name, mask in found.items():
-            if name not in linears:
-                raise RecipeError(f"keep names {name}, and the model has no such linear: it has {', '.join(linears)}")
-            shape = tuple(_part_of(linears[name], linears[name].parameter).shape)
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
-                raise RecipeError(f"the mask of {name} must be a bool tensor of shape {shape}, True = survives")
-    if not found:
-        raise ModelError(f"no linear of this {type(model).__name__} has zeros to hold: prune it first, or give masks")
-    return HeldZeros(linears, found)
+        masks = {name.removesuffix(".weight"): mask for name, mask in keep.items()}
+    if not masks:
+        raise ModelError(f"no linear of this {type(model).__name__} has zeros: prune it first, or pass masks")
+    for name, mask in masks.items():
+        if name not in stored:
+            raise RecipeError(f"keep names {name}, and the model has no such linear: it has {', '.join(stored)}")
+        shape = tuple(stored[name].shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            raise RecipeError(f"the mask of {name} must be a bool tensor of shape {shape}, True = survives")
+    return PreservedMasks(linears, masks)
 
 
-class HoldZeros(TrainerCallback):
-    """``hold_zeros`` for a ``transformers.Trainer``, from its first step to its last.
+class PreserveMasks(TrainerCallback):
+    """``preserve_masks`` for a ``transformers.Trainer``, from its first step to its last.
 
     Args:
-        keep: see ``hold_zeros``.
+        keep: see ``preserve_masks``.
     """
 
     def __init__(self, keep: Mapping[str, Tensor] | None = None) -> None:
         self.keep = keep
-        self.held: HeldZeros | None = None
+        self.masks: PreservedMasks | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Add the hooks."""
         self.on_train_end(args, state, control)  # of a training that was interrupted
-        self.held = hold_zeros(others["model"], self.keep)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """For optimizers that are not torch's."""
-        if self.held is not None:
-            self.held.apply()
+        self.masks = preserve_masks(others["model"], self.keep)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Remove the hooks."""
-        if self.held is not None:
-            self.held.remove()
-            self.held = None
+        if self.masks is not None:
+            self.masks.remove()
+            self.masks = None

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 from optima.errors import ModelError
-from optima.models.blocks import linears_of
 
 DTYPES = (torch.float16, torch.bfloat16)
 # Multiples that both of PyTorch's backends (CUTLASS, cuSPARSELt) take in these types.
 OUTPUTS, INPUTS = 32, 64
 CAPABILITY = (8, 0)  # Ampere, the first with sparse tensor cores
-NO_MODULE = "is no nn.Linear but part of another module: the kernels take none"
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,10 @@ class Accelerated:
 
 
 def accelerate(model: nn.Module) -> Accelerated:
-    """Convert every linear that really is 2:4 to PyTorch's semi-structured format, in place, for inference.
+    """Convert every ``nn.Linear`` that really is 2:4 to PyTorch's semi-structured format, in place, for inference.
 
-    Large batches and prompts gain; a single token does not. The model cannot be saved or trained afterwards.
+    Large batches and prompts gain; a single token does not. The model cannot be saved or trained afterwards. Experts in
+    fused parameters stay dense.
 
     Args:
         model: on a CUDA device of compute capability 8.0 or later, in float16 or bfloat16.
@@ -43,31 +42,27 @@ def accelerate(model: nn.Module) -> Accelerated:
     Raises:
         ModelError: without such a device, or where no linear fits; nothing has been changed then.
     """
-    check_device(next(model.parameters(), None))
+    check_device(next(model.parameters()).device)
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    skipped = {name: reason for name, module in linears.items() if (reason := why_not(module.weight)) is not None}
-    fitting = [name for name in linears if name not in skipped]
-    skipped |= {linear.name: NO_MODULE for linear in linears_of(model, "") if linear.name not in linears}
-    if not fitting:
-        first = {reason: f"{name} {reason}" for name, reason in reversed(skipped.items())}  # of each reason
-        reasons = "; ".join(reversed(first.values())) or "it has none"
+    skipped = {name: reason for name, module in linears.items() if (reason := _why_dense(module.weight))}
+    if len(skipped) == len(linears):
+        reasons = "; ".join(sorted(set(skipped.values()))) or "it has none"
         raise ModelError(f"no linear of this {type(model).__name__} can run on sparse tensor cores: {reasons}")
-    for name in fitting:
+    converted = tuple(name for name in linears if name not in skipped)
+    for name in converted:
         weight_OD = linears[name].weight.detach().contiguous()
         linears[name].weight = nn.Parameter(to_sparse_semi_structured(weight_OD), requires_grad=False)
-    return Accelerated(tuple(fitting), skipped)
+    return Accelerated(converted, skipped)
 
 
-def why_not(weight_OD: Tensor) -> str | None:
-    """Why a weight cannot be converted, as a predicate of its name; None if it can."""
+def _why_dense(weight_OD: Tensor) -> str:
+    """Why a weight cannot be converted; empty if it can."""
     outputs, inputs = weight_OD.shape
     if weight_OD.dtype not in DTYPES:
-        return f"is {weight_OD.dtype}: load the model in bfloat16 or float16"
+        return f"{weight_OD.dtype}: load the model in bfloat16 or float16"
     if outputs % OUTPUTS or inputs % INPUTS:
-        return f"is {outputs} x {inputs}: the kernels take multiples of {OUTPUTS} x {INPUTS}"
-    if not is_two_of_four(weight_OD):
-        return "is not 2:4: prune it with --pattern 2:4"
-    return None
+        return f"{outputs} x {inputs}: the kernels take multiples of {OUTPUTS} x {INPUTS}"
+    return "" if is_two_of_four(weight_OD) else "not 2:4: prune it with --pattern 2:4"
 
 
 def is_two_of_four(weight_OD: Tensor) -> bool:
@@ -78,17 +73,9 @@ def is_two_of_four(weight_OD: Tensor) -> bool:
     return bool((kept_OG <= 2).all())
 
 
-def check_device(parameter: Tensor | None) -> None:
-    """Raise ``ModelError`` unless the model of this parameter is on a device with sparse tensor cores."""
-    where = None if parameter is None else parameter.device
-    if where is None or where.type != "cuda":
-        there = "" if torch.cuda.is_available() else ", and PyTorch sees none here"
-        raise ModelError(
-            f"sparse tensor cores are on a CUDA device and the model is on {where}: move it there first{there}"
-        )
-    capability = torch.cuda.get_device_capability(where)
-    if capability < CAPABILITY:
-        raise ModelError(
-            f"{torch.cuda.get_device_name(where)} has compute capability {capability[0]}.{capability[1]}: sparse "
-            f"tensor cores come with {CAPABILITY[0]}.{CAPABILITY[1]} (Ampere) and later"
-        )
+def check_device(device: torch.device) -> None:
+    """Raise ``ModelError`` unless a device has sparse tensor cores."""
+    if device.type != "cuda":
+        raise ModelError(f"sparse tensor cores are on a CUDA device and the model is on {device}: move it there first")
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        raise ModelError(f"{torch.cuda.get_device_name(device)} has no sparse tensor cores: Ampere and later GPUs do")

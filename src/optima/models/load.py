@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import has_file
 
 from optima.errors import ModelError
-from optima.files import PACKED, TEMPLATES, TOKENIZERS, shards, stamps, usable_path
+from optima.files import COMPRESSED, TEMPLATES, TOKENIZERS, shards, stamps, usable_path
 
 _logger = logging.getLogger("optima")
 
@@ -171,8 +171,8 @@ def _check_directory(path: Path) -> None:
         hint = f"name the GGUF file itself ({ggufs[0]})" if ggufs else "it is not a Hugging Face model directory"
         raise ModelError(f"{path} has no config.json: {hint}")
     weights = [file.name for file in path.glob("*.safetensors")]
-    if weights and all(name.endswith(PACKED) for name in weights):
-        raise ModelError(f"{path} is packed: unpack it with optima unpack {path}")
+    if weights and all(name.endswith(COMPRESSED) for name in weights):
+        raise ModelError(f"{path} is compressed: restore it with optima restore {path}")
     if not weights:
         raise ModelError(
             f"{path} has no .safetensors weights: convert pickle files, which can run any code when opened, first "

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from optima.errors import ModelError, RecipeError
-from optima.files import PACKED, usable_path
+from optima.files import COMPRESSED, usable_path
 from optima.models.blocks import Linear
 from optima.models.load import find_source, skeleton, some, weight_files
 from optima.models.offload import Streamed, UnstreamableError, open_checkpoint
@@ -42,8 +42,8 @@ class MaskFiles:
             RecipeError: if there is nothing to read.
         """
         files = weight_files(self.path) if self.path.is_dir() else [self.path]
-        if files and all(file.name.endswith(PACKED) for file in files):
-            raise RecipeError(f"mask_from {self.path} is packed: unpack it with optima unpack {self.path}")
+        if files and all(file.name.endswith(COMPRESSED) for file in files):
+            raise RecipeError(f"mask_from {self.path} is compressed: restore it with optima restore {self.path}")
         if not files or not all(file.is_file() for file in files):
             raise RecipeError(
                 f"mask_from {self.path} is neither a directory with all its .safetensors nor such a file: name a "
