@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from optima.errors import OptimaError
     from optima.extras.compress import compress, restore
     from optima.extras.mask_preserving import PreserveMasks, preserve_masks
-    from optima.extras.order import Ordering, order
+    from optima.extras.permute import Permutation, permute
     from optima.extras.semi_structured import accelerate
     from optima.hub import push
     from optima.patterns import NM, Unstructured
@@ -21,7 +21,7 @@ __all__ = [
     "BlockEvent",
     "Callback",
     "OptimaError",
-    "Ordering",
+    "Permutation",
     "PreserveMasks",
     "Recipe",
     "Report",
@@ -31,7 +31,7 @@ __all__ = [
     "compress",
     "load_recipe",
     "load_report",
-    "order",
+    "permute",
     "preserve_masks",
     "prune",
     "push",
@@ -44,7 +44,7 @@ _HOMES = {
     "Callback": "reporting.callbacks",
     "NM": "patterns",
     "OptimaError": "errors",
-    "Ordering": "extras.order",
+    "Permutation": "extras.permute",
     "PreserveMasks": "extras.mask_preserving",
     "Recipe": "recipe",
     "Report": "reporting.record",
@@ -54,7 +54,7 @@ _HOMES = {
     "compress": "extras.compress",
     "load_recipe": "recipe",
     "load_report": "reporting.record",
-    "order": "extras.order",
+    "permute": "extras.permute",
     "preserve_masks": "extras.mask_preserving",
     "prune": "run",
     "push": "hub",

@@ -114,13 +114,13 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add_device(option)
     _add_recipe(commands["plan"])
 
-    option = add("order", "order channels so that n:m loses less", "MODEL --output-dir DIR --pattern 2:4 [options]")
+    option = add("permute", "permute channels so that n:m loses less", "MODEL --output-dir DIR --pattern 2:4 [options]")
     option("model", metavar="MODEL", help=MODEL)
     option("--output-dir", metavar="DIR", required=True, help="for the same model, to be pruned then")
     option("--overwrite", **overwrite)
     option("--channels", nargs="+", choices=CHANNELS, metavar="NAME", help=f"{', '.join(CHANNELS)} (all)")
     add_device(option)
-    _add_recipe(commands["order"])
+    _add_recipe(commands["permute"])
 
     option = add("eval", "measure and compare models", "MODEL [MODEL ...] [options]")
     option("models", nargs="+", metavar="MODEL", help="hub ids, directories or GGUF files, reference first")
@@ -291,16 +291,11 @@ def _plan(model: str, device: str = "auto", trust_remote_code: bool = False, **o
     print_plan(make_plan(find_source(model, trust_remote_code), recipe, device), model, console)
 
 
-def _order(model: str, **options: Any) -> None:
-    recipe, output_dir = _pop_recipe(options), options["output_dir"]
+def _permute(model: str, **options: Any) -> None:
+    recipe = _pop_recipe(options)
     _quiet_console()
-    found = optima.order(model, recipe, **options)
-    for kind, count, lost in found.summary():
-        done = "turned" if kind == "heads" else "ordered"
-        _say(f"{kind}: {count} {done}; of their saliency the pattern prunes {1 - lost:.1%} less")
-    for note in found.notes:
-        _say(f"note: {note}")
-    _say(f"the same model, its channels ordered: {output_dir} (ordering.json); prune it next")
+    _say(str(optima.permute(model, recipe, **options)))
+    _say(f"the same model, its channels permuted: {options['output_dir']}; prune it next")
 
 
 def _eval(models: Sequence[str], output: str | None = None, overwrite: bool = False, **options: Any) -> None:
@@ -387,7 +382,7 @@ def _demo(model: str, output_dir: str, num_calibration_samples: int) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     name: globals()[f"_{name}"]
-    for name in ("prune", "plan", "order", "eval", "report", "compress", "restore", "push", "recipe", "demo")
+    for name in ("prune", "plan", "permute", "eval", "report", "compress", "restore", "push", "recipe", "demo")
 }
 
 

@@ -388,7 +388,7 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
         *(f"note: {note}" for note in plan.notes),
     ]
     if any(isinstance(each, NM) for each in plan.patterns.values()):
-        lines.append("note: N:M patterns lose less after `optima order`, which permutes the channels of the model")
+        lines.append("note: N:M patterns lose less after `optima permute`, which moves the channels of the model")
     if recipe.allocation == "loss":
         lines.append("note: allocation loss finds each linear's sparsity during calibration: the table shows the mean")
     if resident:

@@ -130,11 +130,11 @@ def test_out_of_memory_reduces_the_chunk(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (solution.status_R == Status.CONVERGED).all()
 
 
-def test_channels_ordered_on_the_device_are_the_same_function() -> None:
+def test_channels_permuted_on_the_device_are_the_same_function() -> None:
     model, tokens = make_llama(), make_tokens()
     with torch.no_grad():
         before = model(tokens).logits
-    found = optima.order(model, optima.Recipe(pattern=["2:4"], device="cuda"), calibration=tokens, progress=False)
-    assert {kind for kind, _, _ in found.summary()} == {"mlp", "heads"}
+    found = optima.permute(model, optima.Recipe(pattern=["2:4"], device="cuda"), calibration=tokens, progress=False)
+    assert {each.kind for each in found.channels} == {"mlp", "heads"}
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)

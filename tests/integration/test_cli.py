@@ -322,7 +322,7 @@ class TestHelp:
         assert result.stdout.startswith("usage: optima")
         assert all(
             command in result.stdout
-            for command in ("prune", "plan", "order", "eval", "report", "compress", "restore", "demo")
+            for command in ("prune", "plan", "permute", "eval", "report", "compress", "restore", "demo")
         )
         assert result.stderr == ""
 

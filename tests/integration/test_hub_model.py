@@ -60,7 +60,7 @@ def test_a_model_is_pruned_again_and_measured(optima: Run, tmp_path: Path) -> No
 
 
 def test_what_is_pruned_behind_another_step_names_its_base(optima: Run, tmp_path: Path) -> None:
-    for command, model, output in (("order", MODEL, "ordered"), ("prune", "ordered", "sparse")):
+    for command, model, output in (("permute", MODEL, "permuted"), ("prune", "permuted", "sparse")):
         _, _, *options = prune_arguments("--pattern", "2:4", "--objective", "plain", "--output-dir", output)
         found = optima(command, model, *options, *(["--selector", "wanda"] if command == "prune" else []))
         assert found.returncode == 0, found.stderr

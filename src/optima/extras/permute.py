@@ -1,70 +1,312 @@
-"""The order of channels in which N:M, which keeps n of every m consecutive channels of a row, loses least.
-
-Weights that all matter should not be in one group. Channels are dealt to groups by their total saliency. Then, again
-and again, each group gives up one of its channels, and these are assigned anew at the least total loss. That such a
-step is an assignment problem is from gyro-permutation (Yu et al., arXiv 2407.20496); exchanges of two channels for N:M
-are older (Pool & Yu, NeurIPS 2021).
-
-Shapes: R rows, C channels, G groups of M channels, P of them.
-"""
+"""Write a model with its channels permuted and its value heads rotated: the same function, of which N:M prunes less."""
 
 from __future__ import annotations
 
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.calibration.activations import Activations, capture
+from optima.calibration.batch_size import BatchSize
+from optima.calibration.lm_head import outside_device
+from optima.calibration.store import Store
+from optima.calibration.weights import FisherWeights
+from optima.checkpointing import Destination
+from optima.core.products import all_finite
+from optima.core.shifted import saliency_unit, scaled_weight
+from optima.device import default_torch_settings, evaluating, full_precision, memory_explained
+from optima.distributed import joined
+from optima.errors import ModelError, NumericalError, RecipeError
+from optima.extras.channels import (
+    KINDS,
+    TOLERANCE,
+    Channels,
+    Kind,
+    Saliency,
+    best_order,
+    best_rotation,
+    difference,
+    find_channels,
+    lost,
+    move,
+    reader_saliency,
+    writer_saliency,
+)
+from optima.inputs import add_generated, load_calibration, make_store
+from optima.models.auxiliary import to_save
+from optima.models.blocks import Block, Stack, linears_of
+from optima.models.inputs import Batch, forward
+from optima.models.load import load_tokenizer
+from optima.models.offload import Weights
+from optima.models.save import open_writer, prepare
 from optima.patterns import NM
+from optima.plan import Plan, chosen_stacks, load_weights, plan_run
+from optima.prune import collect_hessians, find_fisher_weights
+from optima.recipe import Recipe
+from optima.reporting.callbacks import Callbacks, Progress, make_progress
+from optima.state import RunState
+from optima.stopping import interruptible
 
-# Rounds over all places of a group. Four times as many lose half a percent less.
-ROUNDS = 10
-# Groups that exchange channels in one assignment, whose time grows with their third power.
-TOGETHER = 256
-# Entries (rows x groups x groups) that are made at once: they stay in a cache.
-ENTRIES = 2**20
+MOST_ZEROS = 0.1  # of a linear that is not pruned
+# Most that the model's outputs may change, relative to them: in units of the rounding of its dtype, and of float32 in
+# many blocks.
+ROUNDINGS, DEEP = 8, 1e-3
+CHECKED_TOKENS = 128
+MOST = 1e6  # of an output: models that rule tokens out give them the least number there is
 
 
-def lost(saliency_RC: Tensor, pattern: NM) -> float:
-    """The saliency that ``pattern`` prunes: in each row the m - n smallest of every m, summed."""
-    group_RGM = saliency_RC.unflatten(1, (-1, pattern.m))
-    return float(group_RGM.sort(dim=-1).values[..., : pattern.m - pattern.n].sum(dtype=torch.float64))
+@dataclass(frozen=True)
+class Moved:
+    """Channels that were permuted (``mlp``) or rotated (``heads``).
+
+    Attributes:
+        kind, name: see ``optima.extras.channels.Channels``.
+        lost: the saliency that the pattern prunes of their reader, relative to before; of heads the mean of that and
+            the same of the linear that writes the values.
+    """
+
+    kind: Kind
+    name: str
+    lost: float
 
 
-def best_order(saliency_RC: Tensor, pattern: NM, generator: torch.Generator) -> Tensor:
-    """The best order found, (C,) on the CPU; the present one if none is better.
+@dataclass(frozen=True)
+class Permutation:
+    """What ``permute`` did.
+
+    Attributes:
+        channels: those that were permuted or rotated.
+        notes: which were not, and why.
+    """
+
+    channels: tuple[Moved, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for kind, done in ("mlp", "permuted"), ("heads", "rotated"):
+            if lost := [each.lost for each in self.channels if each.kind == kind]:
+                less = 1.0 - sum(lost) / len(lost)
+                lines.append(f"{kind}: {len(lost)} {done}; of their saliency the pattern prunes {less:.1%} less")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def permute(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Tensor | Iterable[str] | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    channels: Collection[Kind] = KINDS,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Permutation:
+    """Permute the channels of MLPs and rotate value heads so that N:M patterns prune less; the function stays the same.
+
+    The saliency of a weight is a diagonal estimate of the loss of its removal (``optima.core.shifted.saliency_unit``)
+    on inputs of the dense model. Every block is tested with random permutations first, and the whole model at the end.
 
     Args:
-        saliency_RC: float32, of weights or sums of some, C a multiple of m.
-        pattern: n:m.
-        generator: on the CPU.
+        model: a hub id, a local directory, a GGUF file, all of which is read into memory; or a model in memory, which
+            is changed in place.
+        recipe: its patterns, calibration and objective count.
+        output_dir: where the checkpoint is written; may be None for a model in memory.
+        tokenizer: for a model in memory; a path brings its own.
+        calibration: instead of the recipe's dataset: documents, or token ids of shape (samples, length).
+        device: auto, cpu, cuda or cuda:N.
+        trust_remote_code: run code that comes with the checkpoint.
+        channels: mlp (permuted), heads (rotated), or both.
+        overwrite: replace an earlier output.
+        progress: print a line per block.
+
+    Raises:
+        OptimaError: for bad input, or if no channels of the model can be moved. Nothing is left half-written. A model
+            in memory may compute something else then: load it anew.
     """
-    count = saliency_RC.shape[1]
-    # The first of C / m channels go one to each group, then the next.
-    channel_GM = saliency_RC.sum(dim=0).argsort(descending=True, stable=True).cpu().reshape(pattern.m, -1).mT
-    for _ in range(ROUNDS * pattern.m):
-        # Another place of every group comes first, and is given up.
-        shift_G1 = torch.randint(0, pattern.m, (len(channel_GM), 1), generator=generator)
-        channel_GM = channel_GM.gather(1, (shift_G1 + torch.arange(pattern.m)) % pattern.m)
-        for some_P in torch.randperm(len(channel_GM), generator=generator).chunk(-(-len(channel_GM) // TOGETHER)):
-            cost_PP = _costs(saliency_RC, channel_GM[some_P], pattern)
-            taken_P = torch.from_numpy(linear_sum_assignment(cost_PP.numpy())[1])
-            channel_GM[some_P, 0] = channel_GM[some_P[taken_P], 0]
-    order_C = channel_GM.flatten()
-    better = lost(saliency_RC[:, order_C.to(saliency_RC.device)], pattern) < lost(saliency_RC, pattern)
-    return order_C if better else torch.arange(count)
+    if isinstance(channels, str) or not channels or set(channels) - set(KINDS):
+        raise RecipeError(f"channels must be a list of {' and '.join(KINDS)}, got {channels!r}")
+    with ExitStack() as stack:
+        ranks = stack.enter_context(joined())
+        if ranks.size > 1:
+            raise RecipeError("channels are permuted by one process: start it without torchrun")
+        stack.enter_context(default_torch_settings())
+        if isinstance(recipe, Recipe):
+            recipe = recipe.replace(tuning_epochs=0)
+        plan = plan_run(model, recipe, output_dir, calibration, ranks, device, trust_remote_code)
+        if not any(isinstance(pattern, NM) for pattern in plan.patterns.values()):
+            raise RecipeError("permuted channels matter to patterns n:m alone: add --pattern 2:4, for example")
+        stack.enter_context(memory_explained(plan.device))
+        destination = None
+        if output_dir is not None:
+            stack.enter_context(interruptible())
+            opened = Destination.open(output_dir, overwrite, plan.inputs, plan.output_bytes)
+            destination = stack.enter_context(opened)
+        own_tokenizer = load_tokenizer(plan.source) if plan.source is not None and tokenizer is None else tokenizer
+        shown = stack.enter_context(Callbacks([make_progress() if progress else Progress()]))
+        text = load_calibration(plan.recipe, own_tokenizer, plan.calibration)
+        text.check(plan.model)
+        network, weights = load_weights(plan, "its channels are permuted")
+        if destination is not None:
+            prepare(network, to_save(plan.source, tokenizer, own_tokenizer), plan.source, destination.directory)
+        text = add_generated(text, network, own_tokenizer, plan.recipe, plan.device, ranks, shown)
+        search = _Search(plan, network, weights, shown, frozenset(channels), make_store(destination, ranks))
+        with evaluating(network):
+            search.run(text.batches(plan.batch_size))
+        notes = tuple(dict.fromkeys((*weights.notes, *text.notes, *search.notes)))
+        if not search.moved:
+            raise ModelError(f"no channels can be permuted or rotated: {'; '.join(search.notes)}")
+        if destination is not None:
+            open_writer(network, plan.blocks, destination, {}, weights).publish(lambda directory: None)
+    return Permutation(tuple(search.moved), notes)
 
 
-def _costs(saliency_RC: Tensor, channel_GM: Tensor, pattern: NM) -> Tensor:
-    """The loss of each group with the first channel of each, (G groups, G channels), on the CPU.
+@dataclass
+class _Search:
+    """Permutes and rotates the channels of a model in memory, block by block."""
 
-    With a channel x and others in ascending order s, the k smallest sum to s_1 + .. + s_(k-1) + min(x, s_k).
-    """
-    pruned, channel_GM = pattern.m - pattern.n, channel_GM.to(saliency_RC.device)
-    other_RGM = saliency_RC[:, channel_GM[:, 1:]].sort(dim=-1).values
-    sure_G = other_RGM[..., : pruned - 1].sum(dim=(0, 2))
-    last_RG, first_RG = other_RGM[..., pruned - 1], saliency_RC[:, channel_GM[:, 0]]
-    cost_GG = sure_G.double()[:, None].repeat(1, len(channel_GM))
-    step = max(ENTRIES // cost_GG.numel(), 1)
-    for last, first in zip(last_RG.split(step), first_RG.split(step), strict=True):
-        cost_GG += torch.minimum(last[:, :, None], first[:, None, :]).sum(dim=0)
-    return cost_GG.cpu()
+    plan: Plan
+    network: PreTrainedModel
+    weights: Weights
+    progress: Callbacks
+    kinds: frozenset[Kind]
+    store: Store
+    moved: list[Moved] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, batches: Sequence[Batch]) -> None:
+        """All stacks, and a check that the model still computes the same."""
+        self.generator = torch.Generator().manual_seed(self.plan.recipe.seed)
+        self.patterns = {name: each for name, each in self.plan.patterns.items() if isinstance(each, NM)}
+        stacks = [stack for stack in chosen_stacks(self.network, self.plan.recipe) if stack.needed]
+        for block in (block for stack in stacks for block in stack.blocks):
+            _check_dense(block)
+        self.place = outside_device(self.network, self.plan.device, batches)
+        before, name = self._outputs(batches[0]), type(self.network).__name__
+        if not all_finite(before):
+            raise NumericalError(f"{name} computes NaN or Inf on the calibration text: repair the checkpoint")
+        for stack in stacks:
+            self._move_stack(stack, batches)
+            change = float((self._outputs(batches[0]) - before).norm() / before.norm())
+            if not change <= max(ROUNDINGS * torch.finfo(self.network.dtype).eps, DEEP):
+                raise ModelError(f"with its channels permuted, {name} computes something else: try --channels mlp")
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch) -> Tensor:
+        """What the model returns first for the beginning of one sequence."""
+        with self.weights.outside(self.place), full_precision():
+            some = batch[:1, :CHECKED_TOKENS] if isinstance(batch, Tensor) else batch
+            found: Tensor = forward(self.network, some)[0].float()
+        return found.clamp(-MOST, MOST)
+
+    def _move_stack(self, stack: Stack, batches: Sequence[Batch]) -> None:
+        plan = self.plan
+        with self.weights.outside(self.place):
+            acts = capture(
+                self.network, stack, batches, whole=True, store=self.store, batch_size=BatchSize(plan.device)
+            )
+        methods = replace(plan.methods, needs=frozenset())  # saliencies need nothing that selectors ask for
+        run = RunState(plan.recipe, methods, plan.device, weights=self.weights, progress=self.progress)
+        uses_loss = plan.recipe.objective == "loss"
+        fisher = find_fisher_weights(self.network, stack, acts, run)[0] if uses_loss else None
+        self.progress.stage("permute", len(stack.blocks))
+        for block in stack.blocks:
+            with self.weights.on(block, plan.device, run.clock):
+                self.linears = {linear.name: linear for linear in linears_of(block.module, block.name)}
+                found = self._movable(block, acts)
+                saliencies, parts = self._measured(block, found, acts, fisher, run)
+                for each in found:
+                    if each.kind == "heads" and each.name in parts:
+                        self._rotate(each, parts[each.name])
+                    elif each.kind == "mlp" and each.name in saliencies:
+                        self._permute(each, saliencies[each.name])
+                    else:
+                        self.notes.append(f"{each.name}: no calibration token reached it: its channels stay")
+            self.progress.block(block.name)
+        self.notes += run.notes
+
+    def _movable(self, block: Block, acts: Activations) -> list[Channels]:
+        """Channels that matter to an N:M pattern, in the layout in which the block computes the same when they move."""
+        found: list[Channels] = []
+        num_heads = getattr(self.network.config.get_text_config(), "num_attention_heads", None)
+        for layouts in find_channels(block, num_heads if isinstance(num_heads, int) else None):
+            first = layouts[0][0]
+            deciding = first.linears if first.kind == "heads" else {first.reader}
+            if first.kind not in self.kinds or not deciding & self.patterns.keys():
+                continue
+            reason = self._why_not(first, block, acts)
+            if not reason:
+                errors = [difference(block, layout, acts) for layout in layouts]
+                if min(errors) <= TOLERANCE:
+                    found += layouts[errors.index(min(errors))]
+                    continue
+                reason = "the block would not compute the same"
+            self.notes.append(f"{first.name}: its {first.kind} channels stay as they are: {reason}")
+        return found
+
+    def _why_not(self, channels: Channels, block: Block, acts: Activations) -> str:
+        shared = {f"{name}.weight".removeprefix(f"{block.name}.") for name in channels.linears} & block.common
+        if shared or (channels.kind == "heads" and acts.probe.shared_states):
+            return "other blocks use them too"
+        pattern, width = self.patterns.get(channels.reader), channels.read_HCW.shape[-1]
+        return f"{width} of them make no groups of {pattern}" if pattern is not None and width % pattern.m else ""
+
+    def _measured(
+        self, block: Block, found: Sequence[Channels], acts: Activations, fisher: FisherWeights | None, run: RunState
+    ) -> tuple[dict[str, Tensor], dict[str, list[tuple[Saliency, NM]]]]:
+        """The saliencies of readers, (O, D), and those of value heads, by channels; ``acts`` become outputs."""
+        by_linear = {name: each for each in found for name in each.linears & self.patterns.keys()}
+        saliencies: dict[str, Tensor] = {}
+        parts: defaultdict[str, list[tuple[Saliency, NM]]] = defaultdict(list)
+        for group in collect_hessians(block, acts, fisher, run, run.clock, onward=True):
+            if (statistics := group.statistics) is None:
+                continue
+            for linear in (linear for linear in group.linears if linear.name in by_linear):
+                name, channels, hessian = linear.name, by_linear[linear.name], statistics.hessian
+                weight_OD = linear.read().to(self.plan.device, torch.float32)
+                row_O = None if fisher is None else fisher.rows.get(name)
+                reads = name == channels.reader
+                if channels.kind == "heads":
+                    make = reader_saliency if reads else writer_saliency
+                    parts[channels.name].append((make(channels, weight_OD, hessian, row_O), self.patterns[name]))
+                elif reads:
+                    saliency_OD = scaled_weight(weight_OD, hessian, saliency_unit(hessian)).square()
+                    scale = 1.0 if row_O is None else row_O[:, None].to(saliency_OD)
+                    saliencies[channels.name] = saliency_OD * scale
+        return saliencies, parts
+
+    def _permute(self, channels: Channels, saliency_OD: Tensor) -> None:
+        pattern = self.patterns[channels.reader]
+        order_D = best_order(saliency_OD, pattern, self.generator)
+        before, after = lost(saliency_OD, pattern), lost(saliency_OD[:, order_D.to(saliency_OD.device)], pattern)
+        move(channels, self.linears, order_D[None])
+        self.moved.append(Moved("mlp", channels.name, after / before if before else 1.0))
+
+    def _rotate(self, channels: Channels, parts: Sequence[tuple[Saliency, NM]]) -> None:
+        heads, _, width = channels.read_HCW.shape
+        begin_HWW = torch.randn(heads, width, width, generator=self.generator)
+        rotation_HWW, share = best_rotation(parts, begin_HWW.to(self.plan.device))
+        move(channels, self.linears, rotation_HWW)
+        self.moved.append(Moved("heads", channels.name, share))
+
+
+def _check_dense(block: Block) -> None:
+    """Raise ``ModelError`` if a linear was pruned: a rotation would fill its zeros."""
+    for linear in block.linears:
+        weight_OD = linear.read()
+        zeros = 1.0 - int(weight_OD.count_nonzero()) / max(weight_OD.numel(), 1)
+        if MOST_ZEROS < zeros < 1.0:
+            raise ModelError(f"{zeros:.0%} of {linear.name} are zeros, and would be lost: permute the dense model")
+
+
+# Importing the module ``optima.prune`` binds its name in the package, where users expect the function.
+vars(sys.modules["optima"]).pop("prune", None)
