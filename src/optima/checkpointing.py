@@ -35,7 +35,7 @@ from optima.stopping import uninterrupted
 
 _logger = logging.getLogger("optima")
 
-FORMAT = 4  # of the journal: raised when an earlier one can no longer be resumed
+FORMAT = 5  # of the journal: raised when an earlier one can no longer be resumed
 RUN, JOURNAL, MODEL, REPLACED = "run.json", "journal.jsonl", "model", "replaced"
 MANIFEST = ".optima.json"  # in an output: its files, so that no other is ever deleted
 SHOWN = 60  # letters of a value in a message
@@ -76,8 +76,8 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
 class Journal:
     """One JSON object per line, each on the disk when ``append`` returns.
 
-    {"journal": 4, "run": {...}, "command": ...}                      the first line
-    {"block": name, "file": {"name": ..., "sha256": ...}, ...}        a committed block, see ``optima.models.save``
+    {"journal": 5, "run": {...}, "command": ...}                      the first line
+    {"block": name, "files": {name: sha256, ...}, ...}                a committed block, see ``optima.models.save``
     {"note": text}                                                    for the report
 
     A line that is no JSON ends what counts; the last one may have been torn by a kill.

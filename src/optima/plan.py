@@ -33,7 +33,7 @@ from optima.models.blocks import Block, Linear, Stack, count_parameters, dense_n
 from optima.models.inspect import check_forward, check_length
 from optima.models.load import Source, dtype_as_read, find_source, skeleton
 from optima.models.masks import MaskFiles
-from optima.models.offload import Resident, Weights, open_weights
+from optima.models.offload import Weights, open_weights
 from optima.names import kind
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.recipe import BYTES_PER_TUNED, EXPERT_BYTES, Recipe
@@ -324,7 +324,7 @@ def _why_not_generated(
 def load_weights(plan: Plan, whole: str | None = None) -> tuple[PreTrainedModel, Weights]:
     """The model and its weights; ``whole``: why these must be in main memory, if they must."""
     if plan.source is None:
-        return plan.model, Resident(plan.model)
+        return plan.model, Weights(plan.model)
     if plan.recipe.self_generated:
         whole = whole or "it generates calibration data"
     return open_weights(plan.source, plan.model, plan.recipe.dtype, whole)

@@ -16,7 +16,7 @@ from optima.device import PeakMemory, Stopwatch
 from optima.distributed import ALONE, Ranks
 from optima.linear import Methods
 from optima.models.blocks import Block
-from optima.models.offload import Read, Resident, Weights
+from optima.models.offload import Read, Streamed, Weights
 from optima.models.save import Writer
 from optima.patterns import Pattern
 from optima.recipe import Recipe
@@ -53,7 +53,7 @@ class RunState:
     device: torch.device
     fallback: Mapping[str, Pattern] = field(default_factory=dict)
     first_block: int = 0
-    weights: Weights = field(default_factory=Resident)
+    weights: Weights = field(default_factory=Weights)
     ranks: Ranks = ALONE
     progress: Callbacks = field(default_factory=Callbacks)
     store: Store = field(default_factory=Store)
@@ -126,7 +126,7 @@ class RunState:
 
     def reader(self, block: Block, changed: Collection[str]) -> Read:
         """Returns the pruned weights of a block, which is on the device now."""
-        if self.ranks.size == 1 or isinstance(self.weights, Resident):
+        if self.ranks.size == 1 or not isinstance(self.weights, Streamed):
             return partial(self._written, block)
         # Ranks ask at different times, so each keeps its own copy.
         state = block.module.state_dict(prefix=f"{block.name}.")

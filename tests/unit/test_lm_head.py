@@ -15,7 +15,7 @@ from optima import Recipe, prune
 from optima.calibration import lm_head
 from optima.calibration.activations import Activations, Microbatch, capture
 from optima.calibration.lm_head import LmHead, LogitsError
-from optima.models.offload import Resident
+from optima.models.offload import Weights
 from optima.reporting.html import render_html
 from optima.reporting.summary import render_summary
 
@@ -58,7 +58,7 @@ def test_it_is_the_divergence_of_the_logits(family: str, epoch: int, monkeypatch
     samples = acts.sizes[0][0]
     rows = slice(1, 3) if samples > 1 else slice(0, 1)  # XLNet comes in single sequences
     inputs = [hidden[0][rows] if samples > 1 else hidden[0] for hidden in (found, targets)]
-    with LmHead(model, stack_of(model), Resident(model)).error(acts) as error:
+    with LmHead(model, stack_of(model), Weights(model)).error(acts) as error:
         value = error(*inputs, Microbatch(0, rows, samples), epoch)
     every = divergence(model, pruned)[rows]
     sliced = family != "roberta"  # which cannot slice its logits

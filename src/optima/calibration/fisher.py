@@ -35,7 +35,7 @@ from optima.errors import NotDifferentiableError
 from optima.models.blocks import Block, Stack
 from optima.models.inputs import label_size, rows_of
 from optima.models.inspect import head_of
-from optima.models.offload import MAIN, Resident, Weights
+from optima.models.offload import MAIN, Weights
 
 LOGITS = "the cross-entropy of labels sampled from the model"
 HIDDEN = "the square of the change of the last hidden states"
@@ -106,7 +106,7 @@ def fisher_weights(
         NotDifferentiableError: if there are no gradients, or they are not finite, on any rank.
     """
     with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
-        gradient_pass = _GradientPass(model, stack, acts, weights or Resident(model), fisher_batches(acts, share))
+        gradient_pass = _GradientPass(model, stack, acts, weights or Weights(model), fisher_batches(acts, share))
         found = gradient_pass.run(seed, residual, coupled, progress)
     give_back_freed_memory()
     return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import struct
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,16 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import has_file
 
 from optima.errors import ModelError
 from optima.files import COMPRESSED, TEMPLATES, TOKENIZERS, shards, stamps, usable_path
@@ -39,22 +35,15 @@ _logger = logging.getLogger("optima")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What the client of the hub raises when it is refused, offline or cut off.
 HUB_FAILURES: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
-# Files that are missing, damaged, cut off or contradict each other. struct: of a GGUF file.
+# Files that are missing, damaged or contradict each other, and packages that remote code or GGUF files need.
 UNREADABLE: tuple[type[Exception], ...] = (
-    *HUB_FAILURES,
-    ValueError,
-    SafetensorError,
-    StrictDataclassError,
-    struct.error,
+    *(*HUB_FAILURES, ValueError, ImportError, SafetensorError),
+    *(StrictDataclassError, struct.error),
 )
-LANGUAGE_MODEL, LANGUAGE_MODELS = "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")
-# The licence of many models asks to be passed on with them; in letters of either case.
-LICENCES = [
-    "".join(f"[{c}{c.lower()}]" if c.isupper() else c for c in pattern)
-    for pattern in ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-]
 AUXILIARY = (
-    *(*TOKENIZERS, f"{TEMPLATES}/*.jinja", *LICENCES),
+    *(*TOKENIZERS, f"{TEMPLATES}/*.jinja"),
+    # The licence of many models asks to be passed on with them.
+    *("LICENSE*", "License*", "license*", "LICENCE*", "NOTICE*", "Notice*", "USE_POLICY*"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     # Of sentence encoders; their pooling and dense modules are in directories of their own.
     *("modules.json", "sentence_*config.json", "config_sentence_transformers.json"),
@@ -64,12 +53,12 @@ CODE, README = "*.py", "README.md"
 SMALL_FILES = ["*.json", "*.txt", *AUXILIARY, README]  # of a hub model, before its weights
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
-HUB_REMEDY = (
-    "no directory here has that name; for a model of the hub check the spelling, the network and, if it is private or "
-    "gated, your login (hf auth login)"
-)
 # What the library leaves out, or makes up, is logged and not raised: it names no weight otherwise.
 LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+NO_PICKLES = (
+    "convert pickle files, which can run any code when opened, first (load with torch and save with "
+    "model.save_pretrained)"
+)
 
 
 @dataclass(frozen=True)
@@ -114,44 +103,25 @@ def find_source(name: str, trust_remote_code: bool = False) -> Source:
     Of a hub model all but the weights is downloaded; of GGUF files, all.
 
     Raises:
-        ModelError: if there is none, or it has no safetensors or GGUF weights.
+        ModelError: if there is none, or a directory has no safetensors weights.
     """
     path = usable_path(name, "the model", "give a hub id, a local model directory or a GGUF file")
-    if name.endswith(".gguf") and find_spec("gguf") is None:
-        raise ModelError(f"{name} is read with the package gguf, which is not installed: pip install gguf")
     if path.is_dir():
         _check_directory(path)
         return Source(name, str(path), None, trust_remote_code)
-    if path.is_file() and name.endswith(".gguf"):
-        return Source(name, str(path.parent), path.name, trust_remote_code)
     if path.is_file():
-        raise ModelError(f"{name} is a file: give the directory that it is in, {path.parent}, or a GGUF file")
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name} is a file: give the directory that it is in, {path.parent}, or a GGUF file")
+        return Source(name, str(path.parent), path.name, trust_remote_code)
     repo, _, revision = name.partition("@")
-    if Path(repo).expanduser().exists():
-        raise ModelError(f"{repo} is a local model and has no revision {revision!r}: leave out @{revision}")
-    return _on_hub(Source(name, "", None, trust_remote_code, repo), revision or None)
-
-
-def _on_hub(source: Source, revision: str | None) -> Source:
-    name, repo = source.name, source.repo or ""
-    parts, is_file = repo.split("/"), repo.endswith(".gguf")
-    if parts[0] in ("~", "", ".", "..") or (len(parts) < 3 if is_file else len(parts) > 2):
-        what = "owner/repository/file.gguf on the hub, or a local file" if is_file else "a hub id, or a local directory"
-        raise ModelError(f"there is no {'file' if is_file else 'directory'} {name}: give {what}")
+    source = Source(name, "", None, trust_remote_code, repo)
     with explain_read_errors(source, "model"):
-        if is_file:
-            repo = "/".join(parts[:2])
-            file = Path(hf_hub_download(repo, "/".join(parts[2:]), revision=revision))
-            return replace(source, path=str(file.parent), gguf_file=file.name, repo=repo)
-        code = [CODE] if source.trust_remote_code else []
-        source = replace(source, path=str(_download(repo, revision, [*SMALL_FILES, *code])))
-        known = (INDEX, WEIGHTS)
-        if not any((source.place / each).is_file() or has_file(repo, each, source.commit) for each in known):
-            raise ModelError(
-                f"{name} has neither {WEIGHTS} nor {INDEX}, and pickle files can run any code when opened: convert "
-                "them to safetensors first (load with torch and save with model.save_pretrained), or check the network"
-            )
-    return source
+        if repo.endswith(".gguf"):
+            *parts, file_name = repo.split("/", 2)
+            file = Path(hf_hub_download("/".join(parts), file_name, revision=revision or None))
+            return replace(source, path=str(file.parent), gguf_file=file.name, repo="/".join(parts))
+        code = [CODE] if trust_remote_code else []
+        return replace(source, path=str(_download(repo, revision or None, [*SMALL_FILES, *code])))
 
 
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
@@ -165,23 +135,15 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _check_directory(path: Path) -> None:
-    usable_path(path / "config.json", "the model's", "see the permissions of its directory")
     if not (path / "config.json").is_file():
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         hint = f"name the GGUF file itself ({ggufs[0]})" if ggufs else "it is not a Hugging Face model directory"
         raise ModelError(f"{path} has no config.json: {hint}")
     weights = [file.name for file in path.glob("*.safetensors")]
-    if weights and all(name.endswith(COMPRESSED) for name in weights):
-        raise ModelError(f"{path} is compressed: restore it with optima restore {path}")
     if not weights:
-        raise ModelError(
-            f"{path} has no .safetensors weights: convert pickle files, which can run any code when opened, first "
-            "(load with torch and save with model.save_pretrained)"
-        )
-    try:
-        weight_files(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the weights of {path} cannot be read ({error}): copy its index anew") from error
+        raise ModelError(f"{path} has no .safetensors weights: {NO_PICKLES}")
+    if all(name.endswith(COMPRESSED) for name in weights):
+        raise ModelError(f"{path} is compressed: restore it with optima restore {path}")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -204,6 +166,8 @@ def fetch_weights(source: Source) -> list[Path]:
         names = shards(directory / INDEX) if (directory / INDEX).is_file() else [WEIGHTS]
         _download(source.repo, source.commit, names)
     files = weight_files(directory)
+    if not files:
+        raise OSError(f"it has no safetensors weights: {NO_PICKLES}")
     if missing := [file.name for file in files if not file.is_file()]:
         raise OSError(f"{missing[0]} is missing")
     return files
@@ -215,16 +179,27 @@ def load_config(source: Source) -> PretrainedConfig:
     Raises:
         ModelError: if it cannot be found or read, or the checkpoint is quantized.
     """
-    with explain_read_errors(source, "model"):
-        config = AutoConfig.from_pretrained(source.path, **source.arguments)
-    assert isinstance(config, PretrainedConfig)
+    if source.gguf_file:  # to read the vocabulary in its header takes seconds
+        return copy.deepcopy(_gguf_config(source, source.place.stat().st_mtime_ns))
+    config = _read_config(source)
     parts = [config, *(getattr(config, name) for name in config.sub_configs if hasattr(config, name))]
-    if any(getattr(part, "quantization_config", None) for part in parts) and not source.gguf_file:
+    if any(getattr(part, "quantization_config", None) for part in parts):
         raise ModelError(
             f"{source.name} is quantized: prune the unquantized checkpoint, then quantize the result; lm-eval "
             "measures quantized models"
         )
     return config
+
+
+def _read_config(source: Source) -> PretrainedConfig:
+    with explain_read_errors(source, "model"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(source.path, **source.arguments)
+    return config
+
+
+@lru_cache(1)
+def _gguf_config(source: Source, changed: int) -> PretrainedConfig:
+    return _read_config(source)
 
 
 def weights_of(source: Source) -> dict[str, Any]:
@@ -236,51 +211,26 @@ def weights_of(source: Source) -> dict[str, Any]:
 
 
 def auto_class(auto_map: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The Auto class with which code registered the model that the checkpoint was saved from.
+    """The Auto class with which a checkpoint's own code registers the class it was saved from.
 
     Args:
         auto_map: of the configuration.
         names: of the checkpoint's class, as ``architectures`` has them.
     """
-    codes = {auto: code for auto, code in auto_map.items() if isinstance(code, str) and hasattr(transformers, auto)}
-    known = {auto: code.rpartition(".")[2] for auto, code in codes.items()}
-    for auto, name in known.items():
-        if name in names[:1]:
-            return auto
-    # The library's own head for another task is not that of the code.
-    other = any(hasattr(transformers, name) and not name.endswith(LANGUAGE_MODELS) for name in names[:1])
-    return LANGUAGE_MODEL if LANGUAGE_MODEL in known and not other else None
+    found = (auto for auto, code in auto_map.items() if str(code).rpartition(".")[2] in names[:1])
+    return next((auto for auto in found if hasattr(transformers, auto)), None)
 
 
 def model_class(config: PretrainedConfig, source: Source) -> Any:
-    """The class that the checkpoint was saved from, so that its heads are kept; an Auto class where none is named.
-
-    Raises:
-        ModelError: if the class is named, but neither the library nor the code that comes with the model has it.
-    """
-    if source.gguf_file:
-        return AutoModelForCausalLM
-    names = [str(name) for name in config.architectures or []]
-    own = config.__class__.__module__.startswith("transformers_modules")
-    registered = auto_class(getattr(config, "auto_map", None) or {}, names) if own or source.trust_remote_code else None
-    if registered is not None:
-        return getattr(transformers, registered)
-    if own and names:
-        raise ModelError(
-            f"{source.name} is a {names[0]}, which auto_map in its config.json does not name: add it there, or correct "
-            "architectures"
-        )
-    if own or not names:
-        return AutoModel
-    if hasattr(transformers, names[0]):
-        return getattr(transformers, names[0])
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if getattr(found, "__name__", "").lower() == names[0].lower():  # published as PhiMoEForCausalLM
-        return found
-    raise ModelError(
-        f"{source.name} is a {names[0]}, which transformers {transformers.__version__} does not have: install a newer "
-        "release, or correct architectures in config.json"
-    )
+    """The class that the checkpoint was saved from, so that its heads are kept; an Auto class where none is known."""
+    names, auto_map = [str(name) for name in config.architectures or []], getattr(config, "auto_map", None) or {}
+    known = auto_class(auto_map, names) if source.trust_remote_code else None
+    if known is None and names and hasattr(transformers, names[0]) and not source.gguf_file:
+        known = names[0]
+    if known is None:
+        language = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in auto_map
+        known = "AutoModelForCausalLM" if language else "AutoModel"
+    return getattr(transformers, known)
 
 
 def skeleton(source: Source) -> PreTrainedModel:
@@ -327,36 +277,27 @@ def load_model(source: Source, dtype: str = "auto", device: torch.device | None 
 
 def load_whole(
     source: Source, dtype: str, device: torch.device | None = None
-) -> tuple[PreTrainedModel, frozenset[str]]:
-    """As ``load_model``; and names of its weights that the checkpoint may lack, and does: they are random numbers."""
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """As ``load_model``; names of weights that the checkpoint may lack, and does; of those that have no place."""
     config = load_config(source)
-    arguments: dict[str, Any] = {"use_safetensors": True, "config": config}
-    if source.gguf_file:  # newer releases keep its weights packed by default
-        settings = getattr(transformers, "GgufConfig", None)
-        arguments = {} if settings is None else {"quantization_config": settings(dequantize=True)}
+    arguments: dict[str, Any] = {"use_safetensors": True, "config": config, **LOADING, **source.arguments}
+    if source.gguf_file and hasattr(transformers, "GgufConfig"):  # newer releases keep weights packed by default
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if device is not None and device.type != "cpu":
         arguments["device_map"] = {"": device}
-    cls = model_class(config, source)
     with explain_read_errors(source, "weights"):
         if not source.gguf_file:
             fetch_weights(source)
-        model, loading = cls.from_pretrained(source.path, dtype=dtype, **LOADING, **source.arguments, **arguments)
+        model, loading = model_class(config, source).from_pretrained(source.path, dtype=dtype, **arguments)
     assert isinstance(model, PreTrainedModel)
     check_complete(source, model, loading)
-    return model.eval(), frozenset(loading["missing_keys"])
+    return model.eval(), sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
 
 
 def check_complete(source: Source, model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
-    """The library fills missing weights with random numbers, and drops those that it has no place for.
+    """Raise ``ModelError`` if weights were missing, or had other shapes: the library fills in random numbers.
 
-    Args:
-        source: where the weights are.
-        model: as it was read.
-        loading: what the library says of that.
-
-    Raises:
-        ModelError: if weights are missing or have other shapes than the configuration says, or the model names no class
-            whose weights these could be.
+    ``loading``: what the library says of how it read ``model``.
     """
     for name, found, wanted in sorted(loading["mismatched_keys"]):
         raise ModelError(
@@ -370,10 +311,8 @@ def check_complete(source: Source, model: PreTrainedModel, loading: Mapping[str,
             "again, or correct architectures in config.json"
         )
     if unexpected := list(loading["unexpected_keys"]):
-        lost = f"{source.name} has weights that {type(model).__name__} has no place for ({some(unexpected)})"
-        if not model.config.architectures:
-            raise ModelError(f"{lost}: name its architecture in config.json")
-        _logger.warning("%s: they are left out", lost)
+        name = type(model).__name__
+        _logger.warning("%s has weights that %s has no place for (%s)", source.name, name, some(unexpected))
 
 
 def some(names: Iterable[str]) -> str:
@@ -388,8 +327,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: if it is missing or unreadable.
     """
+    arguments = source.arguments
+    if source.gguf_file:  # a header that is known
+        arguments["tokenizer_type"] = load_config(source).model_type
     with explain_read_errors(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **arguments)
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not len(tokenizer):
         raise ModelError(f"{source.name} has no tokenizer: copy its tokenizer files to its directory")
     return tokenizer
@@ -401,22 +343,19 @@ def explain_read_errors(source: Source, what: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        remedy = "check that its files are complete and go together" if source.path else HUB_REMEDY
-        if "trust_remote_code" in str(error):
-            remedy = "if you trust the code that comes with it, run it with --trust-remote-code"
-        detail = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-        raise ModelError(f"the {what} of {source.name} cannot be read ({detail}): {remedy}") from error
+        where = "" if source.path else ", and there is no directory of that name"
+        raise ModelError(
+            f"the {what} of {source.name} cannot be read{where}: {error or type(error).__name__}"
+        ) from error
 
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Without transformers' bars for what it reads and writes, with which it switches off the hub's."""
-    shown, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    """Without transformers' bars for what it reads and writes."""
+    shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-        if downloads:
-            enable_progress_bars()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from optima.core.products import all_finite
-from optima.device import Stopwatch, dtype_name, forward_replaced, on_device
+from optima.device import Stopwatch, forward_replaced, on_device
 from optima.errors import ModelError, NumericalError
 from optima.models.blocks import Block, find_stacks
 from optima.models.conversion import fill_buffers, load_tensors, places_of, shape_of
@@ -44,18 +44,21 @@ class UnstreamableError(Exception):
 
 
 class Weights:
-    """Gives a model its weights when they are needed.
+    """The weights of a model that is in memory as a whole: a block moves to the device and back.
+
+    Args:
+        model: whose weights they are.
+        absent: names of tensors that its checkpoint lacks, which are not written either.
+        left_out: names of those of the checkpoint that the model's class has no place for.
 
     Attributes:
-        model: whose weights they are.
         notes: for the report.
-        left_out: tensors of the source that the model's class has no place for.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any = None, absent: Collection[str] = (), left_out: Collection[str] = ()) -> None:
+        self.model, self.absent, self.left_out = model, frozenset(absent), tuple(left_out)
         self.notes: tuple[str, ...] = ()
-        self.left_out: tuple[str, ...] = ()
+        self._to_check = set() if model is None else _finite_parameters(model)
 
     @contextmanager
     def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> Iterator[None]:
@@ -79,18 +82,47 @@ class Weights:
 
         A block is there for its call alone: no gradient can come back through it.
         """
-        if device.type == "cpu" and not isinstance(self, Streamed):
-            yield
-            return
+        with self._in_memory(""):
+            if device.type == "cpu":
+                yield
+            else:
+                with self._blocks_on_call(device):
+                    yield
+
+    @contextmanager
+    def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+        """These parameters and saved buffers, by their full names, in memory; not those that no checkpoint has."""
+        wanted = set(names).difference(self.absent)
+        yield {name: tensor for name, tensor in self.model.state_dict().items() if name in wanted}
+
+    def replaced(self, block: Block, read: Read) -> None:
+        """From now on the block has the weights that ``read`` returns by full names."""
+
+    @contextmanager
+    def _in_memory(self, block: str) -> Iterator[bool]:
+        """The block's weights are in memory inside; yields whether they are released afterwards."""
+        self._check({name: self.model.get_parameter(name) for name in self._to_check}, "", "Repair the model.")
+        yield False
+
+    def _check(self, tensors: Mapping[str, Tensor], where: str, remedy: str) -> None:
+        """Raise ``NumericalError`` if one is not finite; all of a device at once, so that a GPU is waited for once."""
+        for device in {tensor.device for tensor in tensors.values()}:
+            here = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
+            if not all_finite(*here.values()):
+                name = next(name for name, tensor in here.items() if not all_finite(tensor))
+                raise NumericalError(f"{where}tensor {name} has NaN or Inf. {remedy}")
+        self._to_check = self._to_check.difference(tensors)
+
+    @contextmanager
+    def _blocks_on_call(self, device: torch.device) -> Iterator[None]:
+        """All else is on ``device`` inside, and a block while it is called."""
         blocks = [block for stack in find_stacks(self.model) for block in stack.blocks]
         inside = {module for block in blocks for module in block.module.modules()}
+        home = next(self.model.parameters()).device
         with ExitStack() as stack:
             for module in (each for each in self.model.modules() if each not in inside):
-                stack.callback(_bring_buffers, module, dict(module._buffers))
-                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                    if not tensor.is_meta:
-                        stack.callback(setattr, tensor, "data", tensor.data)
-                        tensor.data = tensor.data.to(device)
+                stack.callback(_move, module, home)
+                _move(module, device)
             for block in blocks:
                 called = partial(self._call, block, device, block.module.forward)
                 stack.enter_context(forward_replaced(block.module, called))
@@ -100,54 +132,21 @@ class Weights:
         with self.on(block, device):
             return forward(*args, **kwargs)
 
-    def _in_memory(self, block: str) -> AbstractContextManager[bool]:
-        """The block's weights are in memory inside; returns whether they are released afterwards."""
-        raise NotImplementedError
 
-    def state(self, names: Collection[str]) -> AbstractContextManager[dict[str, Tensor]]:
-        """These parameters and saved buffers, by their full names, in memory; not those that no checkpoint has."""
-        raise NotImplementedError
-
-    def replaced(self, block: Block, read: Read) -> None:
-        """From now on the block has the weights that ``read`` returns by full names."""
+def _move(module: nn.Module, device: torch.device) -> None:
+    """Move its own parameters and buffers, not those of its children."""
+    module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device), recurse=False)
 
 
-def _bring_buffers(module: nn.Module, before: Mapping[str, Tensor | None]) -> None:
-    """Bring back the buffers that a forward pass has put into the places of others."""
-    for name, buffer in module._buffers.items():
-        if buffer is not None and (known := before.get(name)) is not None and buffer is not known:
-            module._buffers[name] = buffer.to(known.device)
-
-
-class Resident(Weights):
-    """The whole model is in main memory: a block moves to the device and back.
-
-    ``absent``: names of tensors that its checkpoint lacks, which are not written either.
-    """
-
-    def __init__(self, model: nn.Module | None = None, absent: Collection[str] = ()) -> None:
-        super().__init__(model)
-        self.absent = absent
-        self._checked = model is None
-
-    def _in_memory(self, block: str) -> AbstractContextManager[bool]:
-        if not self._checked:
-            found = {name: self.model.get_parameter(name) for name in _to_check(self.model)}
-            _check_finite(found, "", "Repair the model.")
-        self._checked = True
-        return nullcontext(False)
-
-    @contextmanager
-    def outside(self, device: torch.device = MAIN) -> Iterator[None]:
-        """See ``Weights``."""
-        with self._in_memory(""), super().outside(device):
-            yield
-
-    @contextmanager
-    def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
-        """See ``Weights``."""
-        wanted = set(names).difference(self.absent)
-        yield {name: tensor for name, tensor in self.model.state_dict().items() if name in wanted}
+def _finite_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that must be finite: embeddings may have rows that no text uses, biases forbid tokens."""
+    modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    rows = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+    return {
+        name
+        for name, each in model.named_parameters()
+        if each.is_floating_point() and id(each) not in rows and not name.endswith("bias")
+    }
 
 
 class _Stored:
@@ -171,7 +170,7 @@ class Streamed(Weights):
 
     Args:
         model: on the meta device but for its buffers that are not saved.
-        files: its safetensors files.
+        stored: the tensors of its safetensors files, by their names there.
 
     Attributes:
         names: of each parameter and saved buffer, those that are the same tensor, itself included.
@@ -180,19 +179,19 @@ class Streamed(Weights):
         UnstreamableError: if blocks share weights, or a block's weights are made of those of others.
     """
 
-    def __init__(self, model: PreTrainedModel, files: Collection[Path]) -> None:
+    def __init__(self, model: PreTrainedModel, stored: Mapping[str, _Stored]) -> None:
         super().__init__(model)
-        opened = [(file, _open(file)) for file in files]
-        self._stored = {name: _Stored(file, each, name) for file, each in opened for name in each.keys()}  # noqa: SIM118
+        self._stored = stored
         self._empty: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
         same: defaultdict[int, list[str]] = defaultdict(list)
         for name, tensor in self._empty.items():
             same[id(tensor)].append(name)
         self.names = names = {name: tuple(same[id(tensor)]) for name, tensor in self._empty.items()}
         self._on_disk: defaultdict[str, list[str]] = defaultdict(list)
-        for name, place in places_of(model, self._stored).items():
+        for name, place in places_of(model, stored).items():
             self._on_disk[place].append(name)
-        self._to_check = _to_check(model)
+        held = {*names, *(name for name, _ in model.named_buffers())}  # older releases saved rotary frequencies
+        self.left_out = tuple(name for place, parts in self._on_disk.items() if place not in held for name in parts)
         self._replaced: dict[str, Read] = {}
         self._kept: list[str] = []
         self._device = MAIN  # of those
@@ -201,21 +200,21 @@ class Streamed(Weights):
         for inside in self._inside.values():
             if shared := [name for name in inside if not set(names[name]) <= set(inside)]:
                 raise UnstreamableError(f"{' and '.join(names[shared[0]])} are one weight")
-            self._check(inside)
+            self._check_parts(inside)
         outside = sorted(set(names).difference(*self._inside.values()))
-        self._check(outside)
+        self._check_parts(outside)
         rows, lazy = getattr(model.config.get_text_config(), "vocab_size", None), set[str]()
         for name in outside:
             module, tensor = model.get_submodule(name.rpartition(".")[0]), self._get(name)
             if isinstance(module, nn.Embedding | nn.Linear) and tensor.ndim == 2 and len(tensor) == rows:
                 lazy.add(name)
-                module.register_forward_pre_hook(partial(self._keep_called, name))
+                module.register_forward_pre_hook(lambda module, args, name=name: self._keep([name]))
         self.read([name for name in outside if name not in lazy])
         # The first parameter, which is not the first tensor where a model has buffers of its own (BART).
-        self._first = [name for name, _ in model.named_parameters()][:1]
-        self._first = [name for name in self._first if name in outside]
+        first = next(name for name, _ in model.named_parameters())
+        self._first = [first] if first in outside else []
 
-    def _check(self, names: Collection[str]) -> None:
+    def _check_parts(self, names: Collection[str]) -> None:
         """Raise ``UnstreamableError`` if the tensors ``names`` need others on disk than those named like them."""
         missing = self._load({name: shape_of(part) for name, part in self._parts(names).items()}, "meta")
         self.release(names)
@@ -242,10 +241,9 @@ class Streamed(Weights):
             (tensor, *_) = (found for same in self.names[name] if not (found := self._get(same)).is_meta)
             tensor.requires_grad_(self._empty[name].requires_grad)
             self._set(name, tensor)
-        new = self._to_check.intersection(names)
         where = ", ".join(sorted({str(part.file) for part in parts.values()}))
-        _check_finite({name: self._get(name) for name in new}, f"{where}: ", "Re-download the checkpoint.")
-        self._to_check -= new
+        new = {name: self._get(name) for name in self._to_check.intersection(names)}
+        self._check(new, f"{where}: ", "Re-download the checkpoint.")
         return names
 
     def release(self, names: Collection[str]) -> None:
@@ -281,7 +279,7 @@ class Streamed(Weights):
         self._device = device
         try:
             self._keep(self._first)  # where it is, models believe that they are
-            with super().outside(device):
+            with self._blocks_on_call(device):
                 yield
         finally:
             self._device = MAIN
@@ -295,19 +293,16 @@ class Streamed(Weights):
             parameter = self._get(name)
             parameter.data = parameter.data.to(self._device)
 
-    def _keep_called(self, name: str, module: nn.Module, args: object) -> None:
-        self._keep([name])
-
     @contextmanager
     def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
         """See ``Weights``."""
-        wanted = frozenset(names)
         with ExitStack() as stack:
             for block, inside in self._inside.items():
-                if not wanted.isdisjoint(inside):
+                if not set(inside).isdisjoint(names):
                     stack.enter_context(self._in_memory(block))
-            stack.callback(self.release, self.read(sorted(wanted)))
-            yield {name: tensor for name, tensor in self.model.state_dict().items() if name in wanted}
+            stack.callback(self.release, self.read(sorted(names)))
+            with super().state(names) as found:
+                yield found
 
     def replaced(self, block: Block, read: Read) -> None:
         """See ``Weights``."""
@@ -328,26 +323,6 @@ class Streamed(Weights):
             self.release(missing)
 
 
-def _to_check(model: nn.Module) -> set[str]:
-    """Names of the parameters that must be finite: embeddings may have rows that no text uses, biases forbid tokens."""
-    modules = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    rows = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
-    return {
-        name
-        for name, each in model.named_parameters()
-        if each.is_floating_point() and id(each) not in rows and not name.endswith("bias")
-    }
-
-
-def _check_finite(tensors: Mapping[str, Tensor], where: str, remedy: str) -> None:
-    """All of a device at once: a GPU is waited for once."""
-    for device in {tensor.device for tensor in tensors.values()}:
-        here = {name: tensor for name, tensor in tensors.items() if tensor.device == device}
-        if not all_finite(*here.values()):
-            name = next(name for name, tensor in here.items() if not all_finite(tensor))
-            raise NumericalError(f"{where}tensor {name} has NaN or Inf. {remedy}")
-
-
 def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> Streamed:
     """A model of the class of ``structure`` whose weights stay on disk.
 
@@ -358,12 +333,13 @@ def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> S
 
     Raises:
         UnstreamableError: if it must be read whole.
-        ModelError: if the weights cannot be found or read, or are quantized.
+        ModelError: if the weights cannot be found or read.
     """
     if source.gguf_file:
         raise UnstreamableError("GGUF weights are unpacked when they are read")
-    shapes, files = _shapes(source)
     with explain_read_errors(source, "weights"), no_bars():
+        stored = _stored(source)
+        shapes = {name: shape_of(part) for name, part in stored.items()}
         kind: Any = type(structure)
         model, loading = kind.from_pretrained(
             None, config=load_config(source), state_dict=shapes, dtype=dtype, device_map={"": "meta"}, **LOADING
@@ -377,37 +353,19 @@ def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> S
         raise UnstreamableError(f"weights that it lacks ({min(loading['missing_keys'])}) are made anew")
     fill_buffers(model)
     model.eval()
-    return Streamed(model, files)
+    return Streamed(model, stored)
 
 
-def _shapes(source: Source) -> tuple[dict[str, Tensor], list[Path]]:
-    """Every tensor of a checkpoint by its name there, on the meta device; and its files.
-
-    Raises:
-        ModelError: if they cannot be read, or hold codes of quantized weights: not every configuration says so.
-    """
-    shapes: dict[str, Tensor] = {}
-    with explain_read_errors(source, "weights"):
-        files = fetch_weights(source)
-        for file in files:
-            opened = _open(file)
-            shapes |= {name: shape_of(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
-    for name, shape in shapes.items():
-        small = shape.itemsize < 2 if shape.is_floating_point() else name.endswith("weight")
-        if small and shape.ndim >= 2:
-            raise ModelError(
-                f"{source.name} is quantized ({name} is {dtype_name(shape.dtype)}): prune the unquantized checkpoint, "
-                "then quantize the result"
-            )
-    return shapes, files
-
-
-def _open(file: Path) -> Any:
-    """Tensors are read, not mapped: a private mapping of a file counts as memory of the process."""
-    try:
-        return safe_open(file, framework="pt", backend="pread")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be opened: {error}") from error
+def _stored(source: Source) -> dict[str, _Stored]:
+    """Every tensor of a checkpoint by its name there."""
+    stored: dict[str, _Stored] = {}
+    for file in fetch_weights(source):
+        try:  # tensors are read, not mapped: a private mapping of a file counts as memory of the process
+            opened: Any = safe_open(file, framework="pt", backend="pread")
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file} cannot be opened: {error}") from error
+        stored |= {name: _Stored(file, opened, name) for name in opened.keys()}  # noqa: SIM118
+    return stored
 
 
 def open_weights(
@@ -422,27 +380,21 @@ def open_weights(
         whole: why the model must be in main memory, if it must.
 
     Raises:
-        ModelError: if the weights cannot be found or read, or are quantized.
+        ModelError: if the weights cannot be found or read.
     """
-    shapes = {} if source.gguf_file else _shapes(source)[0]
     notes: list[str] = []
     weights: Weights
     try:
         if whole is not None:
             raise UnstreamableError(whole)
         weights = open_checkpoint(source, structure, dtype)
-        model = weights.model
     except UnstreamableError as error:
-        model, absent = load_whole(source, dtype)
+        weights = Weights(*load_whole(source, dtype))
         notes.append(f"the whole model was held in main memory: {error}")
-        if absent:
-            notes.append(f"{source.name} lacks weights of {type(model).__name__} ({some(absent)}): the output does too")
-        weights = Resident(model, absent)
-    # Such as a block for multi-token prediction; rotary frequencies, which older releases saved, are no weights.
-    held = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
-    stored = [name for name, shape in shapes.items() if shape.is_floating_point() and shape.ndim]
-    places = places_of(model, stored).items()
-    weights.left_out = tuple(name for name, place in places if place not in held and not name.endswith("inv_freq"))
+    model = weights.model
+    if weights.absent:
+        missing = some(weights.absent)
+        notes.append(f"{source.name} lacks weights of {type(model).__name__} ({missing}): the output does too")
     if weights.left_out:
         what = f"{source.name} has weights that {type(model).__name__} has no place for"
         notes.append(f"{what} ({some(weights.left_out)}): they are not in the output")

@@ -25,9 +25,8 @@ from optima.errors import ModelError
 from optima.files import digest, explain_write_errors, read_header, sync
 from optima.models.auxiliary import copy_auxiliary_files, forget_missing_code
 from optima.models.blocks import Block
-from optima.models.fingerprint import bytes_of
 from optima.models.load import INDEX, WEIGHTS, Source, no_bars
-from optima.models.offload import Resident, Weights
+from optima.models.offload import Weights
 from optima.stopping import stop_if_asked
 
 ONE_FILE = 2**62  # bytes in a shard: no shard is split
@@ -59,12 +58,8 @@ def prepare(
             model.save_pretrained(saved, state_dict={})
             if tokenizer is not None:
                 tokenizer.save_pretrained(saved)
-        except ValueError as error:
-            # How transformers refuses a generation configuration that contradicts itself.
-            raise ModelError(
-                f"transformers cannot save the configuration or tokenizer of this {type(model).__name__} ({error}): "
-                "correct it (model.generation_config, for example) before pruning"
-            ) from error
+        except ValueError as error:  # of a generation configuration that contradicts itself
+            raise ModelError(f"transformers cannot save this {type(model).__name__}: {error}") from error
         (saved / WEIGHTS).unlink(missing_ok=True)
         forget_missing_code(saved)
         shutil.copytree(saved, directory, dirs_exist_ok=True)
@@ -100,14 +95,13 @@ class Writer:
         weights: Weights | None = None,
     ) -> None:
         self.model, self.directory, self.journal = model, directory, journal
-        self.weights = weights or Resident(model)
+        self.weights = weights or Weights(model)
         self._scratch = journal.file.parent
         self._names = _groups(model, blocks)
         self._files = {
             group: f"model-{number:05d}-of-{len(self._names):05d}.safetensors"
             for number, group in enumerate(self._names, 1)
         }
-        self._splits = {block: self._scratch / f"block-{number:05d}.safetensors" for number, block in enumerate(blocks)}
         self._lines: dict[str, dict[str, Any]] = {}
         if journal.resumed:
             with explain_write_errors(journal.file):
@@ -134,15 +128,18 @@ class Writer:
         for number, line in enumerate(self.journal.lines):
             if "block" not in line:
                 continue
-            places = (self.directory, line["file"]), (self._scratch, line["split"])
-            files = [(directory / file["name"], file["sha256"]) for directory, file in places if file]
-            if damaged := [file for file, sha256 in files if digest(file) != sha256]:
-                problem = f"{damaged[0]} is missing or not what was written"
+            damaged = [name for name, sha256 in line["files"].items() if digest(self._place(name)) != sha256]
+            if damaged:
+                problem = f"{self._place(damaged[0])} is missing or not what was written"
                 self.journal.keep(number)
                 break
             self._lines[line["block"]] = line
         last = f"after {[*self._lines][-1]}" if self._lines else "from the first block on"
         self.journal.append({"note": f"resumed {last}" + (f": {problem}" if problem else "")})
+
+    def _place(self, name: str) -> Path:
+        """Of a shard, or of a file that only a resumed run reads."""
+        return (self._scratch if name.startswith("block-") else self.directory) / name
 
     def commit(
         self, block: str, tensors: Mapping[str, Tensor], record: object, changed: Collection[str] | None = None
@@ -160,14 +157,23 @@ class Writer:
             ModelError: if the disk fails.
         """
         with explain_write_errors(self.directory):
-            file = self._write(self._files[block], tensors) if tensors else None
+            shard = self._write(self._files[block], tensors)
             wanted = {name: tensors[name] for name in (tensors if changed is None else changed)}
-            places = {} if file is None else _places(file, wanted)
-            # What transformers writes in another form (split, fused, transposed) is kept as it is in the model, too.
-            rest = {name: tensor for name, tensor in wanted.items() if name not in places}
-            files = {"file": file, "split": self._keep_split(block, rest) if rest else None}
-            shards = {key: path and {"name": path.name, "sha256": digest(path)} for key, path in files.items()}
-            line = {"block": block, **shards, "places": places, "record": record}
+            plain = _written_plainly(shard, wanted)
+            # What transformers renames, splits, fuses or transposes is kept as it is in the model, too. Clones:
+            # safetensors refuses tensors that share memory.
+            rest = {
+                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in wanted.items()
+                if name not in plain
+            }
+            names = [shard.name]
+            if rest:
+                names.append(f"block-{[*self._names].index(block):05d}.safetensors")
+                save_file(rest, self._place(names[1]))
+                sync(self._place(names[1]), self._scratch)
+            files = {name: digest(self._place(name)) for name in names}
+            line = {"block": block, "files": files, "plain": plain, "record": record}
             self.journal.append(line)
         self._lines[block] = line
         stop_if_asked()
@@ -175,19 +181,10 @@ class Writer:
     def read(self, block: str) -> dict[str, Tensor]:
         """The tensors of a committed block that had changed, by their names in the model, as they were written."""
         line = self._lines[block]
-        found: dict[str, Tensor] = {}
-        if line["places"]:
-            with safe_open(self.directory / line["file"]["name"], framework="pt") as shard:
-                found |= {name: shard.get_tensor(place) for name, place in line["places"].items()}
-        return found | (load_file(self._splits[block]) if line["split"] else {})
-
-    def _keep_split(self, block: str, tensors: Mapping[str, Tensor]) -> Path:
-        file = self._splits[block]
-        # Clones: safetensors refuses tensors that share memory.
-        clones = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-        save_file(clones, file)
-        sync(file, self._scratch)
-        return file
+        shard, *rest = (self._place(name) for name in line["files"])
+        with safe_open(shard, framework="pt") as opened:
+            found = {name: opened.get_tensor(name) for name in line["plain"]}
+        return found | (load_file(rest[0]) if rest else {})
 
     def publish(self, write_reports: Callable[[Path], object] | None = None) -> None:
         """Write the blocks that were not committed and everything outside blocks, the reports, and last the index.
@@ -223,19 +220,11 @@ class Writer:
     def _write_index(self) -> None:
         weight_map: dict[str, str] = {}
         size = 0
-        for file in (self.directory / self._files[group] for group, names in self._names.items() if names):
-            try:
-                header, begin = read_header(file)
-                header.pop("__metadata__", None)
-                if file.stat().st_size != begin + max(entry["data_offsets"][1] for entry in header.values()):
-                    raise ValueError("another length than its header says")
-            except (OSError, ValueError, MemoryError) as error:
-                raise ModelError(
-                    f"{file}, which this run wrote, is gone or damaged: start it again with --resume, which does that "
-                    "part anew"
-                ) from error
-            weight_map |= dict.fromkeys(header, file.name)
-            size += file.stat().st_size - begin
+        for file in (file for group, file in self._files.items() if self._names[group]):
+            header, _ = read_header(self.directory / file)
+            header.pop("__metadata__", None)
+            weight_map |= dict.fromkeys(header, file)
+            size += max((entry["data_offsets"][1] for entry in header.values()), default=0)
         metadata = {"total_parameters": self.model.num_parameters(), "total_size": size}
         text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
         (self.directory / INDEX).write_text(text, encoding="utf-8")
@@ -253,16 +242,8 @@ def _groups(model: PreTrainedModel, blocks: Sequence[str]) -> dict[str, list[str
     return groups
 
 
-def _places(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The name in a safetensors file of each tensor that it holds bit for bit, under its own name or another."""
-    places: dict[str, str] = {}
-    with safe_open(file, framework="pt") as shard:
-        names = list(shard.keys())
-        for name, tensor in tensors.items():
-            bits = bytes_of(tensor)
-            likely = [name, *names] if name in names else names
-            alike = (place for place in likely if shard.get_slice(place).get_shape() == list(tensor.shape))
-            found = next((place for place in alike if torch.equal(bits, bytes_of(shard.get_tensor(place)))), None)
-            if found is not None:
-                places[name] = found
-    return places
+def _written_plainly(shard: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that the file holds under the same name, bit for bit."""
+    with safe_open(shard, framework="pt") as opened:
+        there = tensors.keys() & set(opened.keys())
+        return [name for name in tensors if name in there and opened.get_tensor(name).equal(tensors[name].cpu())]
