@@ -30,7 +30,7 @@ from optima.errors import ModelError, RecipeError
 from optima.linear import Methods
 from optima.main_memory import total_memory
 from optima.models.blocks import Block, Linear, Stack, count_parameters, dense_notes, find_stacks, select_linears
-from optima.models.inspect import check_forward, check_length
+from optima.models.inspect import check_length
 from optima.models.load import Source, dtype_as_read, find_source, skeleton
 from optima.models.masks import MaskFiles
 from optima.models.offload import Weights, open_weights
@@ -177,7 +177,6 @@ def resolve(
     Raises:
         OptimaError: for what cannot be done.
     """
-    check_forward(model)
     methods = make_methods(recipe, trust_remote_code)
     scope_named = recipe.scope is not None
     recipe = asked = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))

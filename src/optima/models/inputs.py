@@ -45,7 +45,7 @@ def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
         options["return_dict"] = True
     try:
         return model(**given, **options)
-    except (TypeError, ValueError) as error:  # transformers raises these where inputs are missing
+    except (TypeError, ValueError, NotImplementedError) as error:  # where inputs are missing, or a forward pass
         what = "token ids alone" if isinstance(batch, Tensor) else "what it is given for calibration"
         raise ModelError(f"{type(model).__name__} cannot run on {what}: {error}") from error
 

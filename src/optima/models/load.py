@@ -343,7 +343,7 @@ def explain_read_errors(source: Source, what: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        where = "" if source.path else ", and there is no directory of that name"
+        where = "" if source.path else f", and there is no directory {source.name}"
         raise ModelError(
             f"the {what} of {source.name} cannot be read{where}: {error or type(error).__name__}"
         ) from error
