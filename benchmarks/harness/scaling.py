@@ -13,7 +13,7 @@ import torch
 
 from optima.calibration.accumulator import share_out
 from optima.calibration.correlation import MOST_ROWS
-from optima.calibration.fisher import fisher_share
+from optima.calibration.fisher import LEAST_TOKENS
 from optima.core.problem import chunk_rows
 from optima.distributed import STRIP_BYTES
 from optima.recipe import FISHER_FRACTION
@@ -167,7 +167,7 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
     one = model.forward_flops(tokens, length)
     last = 2.0 * tokens * sum(group.copies * group.share * group.weights for group in model.groups[-1:])
     head = 2.0 * tokens * model.vocabulary * model.hidden
-    fraction = fisher_share(FISHER_FRACTION, math.prod(tokens_of))
+    fraction = min(max(FISHER_FRACTION, LEAST_TOKENS / math.prod(tokens_of)), 1.0)
     coupling = 2.0 * tokens * sum(outputs**2 for group in model.groups for outputs in group.coupled(counts))
     gram = sum(2.0 * group.copies * group.share * tokens * group.inputs**2 for group in model.groups)
     each = [group for group in model.groups for _ in range(group.copies)]

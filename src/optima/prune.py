@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optima.allocate import allocate, saliency_quantiles, with_shares
 from optima.calibration.activations import Activations, capture
-from optima.calibration.fisher import LOGITS, fisher_batches, fisher_weights, tuned_batches
+from optima.calibration.fisher import LEAST_TUNED, LOGITS, chosen_batches, fisher_batches, fisher_weights
 from optima.calibration.lm_head import LmHead, outside_device
 from optima.calibration.statistics import Found, observe, routing_notes
 from optima.calibration.weights import FisherWeights
@@ -225,7 +225,7 @@ def sensitivity_pass(stack: Stack, acts: Activations, fisher: FisherWeights, run
     """Each linear's share of the recipe's sparsity, from a pass over the dense blocks with some of the batches."""
     experts = any(is_expert(linear) for block in stack.blocks for linear in block.linears)
     batches = fisher_batches(acts, 1.0 if experts else FISHER_FRACTION)  # each expert gets few tokens
-    acts, fisher = acts.part(batches).counted(), fisher.part(batches)
+    acts, fisher = acts.part(batches), fisher.part(batches)
     blocks, quantiles = stack.blocks[: stack.needed], dict[str, Tensor]()
     run.progress.stage("sensitivity", len(blocks))
     for block in blocks:
@@ -337,7 +337,7 @@ def make_tuner(acts: Activations, fisher: FisherWeights | None, head: LmHead | N
     if not recipe.tuning_epochs or (recipe.objective == "loss" and fisher is None):
         return None
     tuning = Tuning(recipe.tuning_epochs, recipe.learning_rate, recipe.tuning_fraction, recipe.seed)
-    batches = tuned_batches(acts, tuning.share)
+    batches = chosen_batches(acts, tuning.share, LEAST_TUNED)
     return Tuner(tuning, batches, acts.part(batches), fisher, head)
 
 

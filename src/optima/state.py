@@ -95,10 +95,8 @@ class RunState:
             noted: how many notes there were before this block.
         """
         peak = 0 if self.memory is None else self.memory.peak()
-        found = self.ranks.gather((self.batch_size.note(), self.batch_size.most, peak))
-        notes, most, peaks = zip(*found, strict=True)
-        self.note(*notes)
-        self.batch_size.limit(most, noted=True)  # all ranks agree
+        most, peaks = zip(*self.ranks.gather((self.batch_size.most, peak)), strict=True)
+        self.note(self.batch_size.agree(most))
         self.blocks.append(record)
         self.linears.extend(linears)
         if self.writer is None:
@@ -118,7 +116,7 @@ class RunState:
         self.blocks.append(done.block)
         self.linears.extend(done.linears)
         self.note(*done.notes)
-        self.batch_size.limit(done.halved, noted=True)
+        self.batch_size.agree(done.halved)
         before = self.clock.seconds.get("write", 0.0)
         self.clock.seconds["write"] = max(before, done.write_seconds)
         self.resumed_seconds += sum(done.block.seconds.values()) + max(0.0, done.write_seconds - before)

@@ -181,7 +181,7 @@ def test_hessians_of_experts_by_the_definition(family: str, sink: float) -> None
 def test_groups_of_experts_in_passes_of_their_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each expert by itself, where memory is for no more; linears that are no experts come in the last pass."""
     block, acts = acts_of(build(family))
-    whole, outputs = list(observe(block, acts, 0.5, 0.0)), acts.clone()
+    whole, outputs = list(observe(block, acts, 0.5, 0.0)), acts.part(range(len(acts.sizes)))
     outputs.forward(block)
     monkeypatch.setattr(statistics, "EXPERT_BYTES", 1)
     parts = list(observe(block, acts, 0.5, 0.0, onward=True))

@@ -18,7 +18,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from optima import Recipe, prune
 from optima.allocate import saliency_quantiles
 from optima.calibration.activations import capture
-from optima.calibration.fisher import fisher_batches, fisher_share, fisher_weights
+from optima.calibration.fisher import fisher_batches, fisher_weights
 from optima.calibration.lm_head import label_gradient, sampled_tokens
 from optima.calibration.statistics import observe
 from optima.calibration.weights import row_weights
@@ -167,7 +167,6 @@ def test_a_part_of_the_sequences_stands_for_all(make: Callable[[], nn.Module], m
             expected_NL = used_T.reshape(4, 16).mean(dim=0).expand(2, 16)
             assert torch.allclose(part.tokens[name][batch].reshape(2, 16), expected_NL, rtol=1e-3, atol=1e-12)
     assert part.rows.keys() == whole.rows.keys()
-    assert fisher_share(0.25, 2**20) == 0.25
 
 
 def test_a_vision_tower_does_not_run_for_the_head(monkeypatch: pytest.MonkeyPatch) -> None:

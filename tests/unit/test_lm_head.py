@@ -28,7 +28,7 @@ def at_the_end(model: PreTrainedModel) -> tuple[Activations, list[torch.Tensor]]
     acts = capture(model, stack, [make_ids(SAMPLES, LENGTH)], whole=True)
     for block in stack.blocks[:-1]:
         acts.forward(block)
-    ends = acts.clone()
+    ends = acts.part(range(len(acts.sizes)))
     ends.forward(stack.blocks[-1])
     return acts, ends.hidden
 

@@ -74,14 +74,13 @@ class TestBatchSize:
                 raise error
             return list(range(rows.start, rows.stop))
 
-        assert not batch_size.note()
         assert list(chain(*batch_size.map(7, work))) == list(range(7))
         assert (tried, batch_size.most) == ([7, 4, 2, 2, 2, 1], 2)
         tried.clear()
         assert list(chain(*batch_size.map(3, work))) == [0, 1, 2]
         assert tried == [2, 1], "it is remembered"
-        assert "7 sequences together were too many" in batch_size.note()
-        assert not batch_size.note()
+        assert "at most 2 sequences" in batch_size.agree([None])
+        assert not batch_size.agree([None])
 
     def test_other_errors_are_what_they_are(self) -> None:
         def work(rows: slice) -> None:
@@ -106,13 +105,11 @@ class TestBatchSize:
     @pytest.mark.parametrize(("found", "most"), [((None,), None), ((4, 2), 2), ((None, 2), 2), ((), None)])
     def test_ranks_and_resumed_runs_agree_on_the_least(self, found: tuple[int | None, ...], most: int | None) -> None:
         batch_size = BatchSize()
-        batch_size.limit(found, noted=True)
+        assert bool(batch_size.agree(found)) == (most is not None)
         assert batch_size.most == most
-        assert not batch_size.note(), "whoever found it has the note"
         batch_size.most = 1
-        batch_size.limit(found, noted=True)
+        assert "at most 1 sequences" in batch_size.agree(found)
         assert batch_size.most == 1
-        assert "from here on 1 ran" in batch_size.note()
 
     def test_one_sequence_is_the_least(self) -> None:
         def work(rows: slice) -> None:
@@ -120,7 +117,7 @@ class TestBatchSize:
 
         with pytest.raises(DeviceMemoryError, match="lower --max-seq-length"):
             BatchSize().map(4, work)
-        with pytest.raises(DeviceMemoryError, match="use --batch-size 1"):
+        with pytest.raises(DeviceMemoryError, match="lower --batch-size to 1"):
             BatchSize().map(4, work, divisible=False)
 
 
@@ -184,7 +181,7 @@ def test_a_run_is_that_of_smaller_batches(family: str, place: str) -> None:
     with little_memory(model.get_submodule(place), 2):
         report = pruned(model, 8, "sink", selector="wanda")
     (note,) = out_of_memory(report)
-    assert "8 sequences together were too many for the device, from here on 2 ran at a time" in note
+    assert "at most 2 sequences ran together" in note
     assert not out_of_memory(expected)
     for name, parameter in small.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name

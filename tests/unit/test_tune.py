@@ -39,7 +39,7 @@ def half_pruned(
     tokens[-1] = tokens[0]  # held out
     own = tokens[ranks.part(sequences)]
     acts = capture(model, stack, list(own.split(batch_size)), ranks=ranks)
-    dense = acts.clone()
+    dense = acts.part(range(len(acts.sizes)))
     dense.forward(block)
     keeps = {}
     for linear in block.linears:

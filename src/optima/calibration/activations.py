@@ -85,7 +85,7 @@ class Activations:
         store: keeps tensors; copies and parts share it.
         ranks: the processes that sequences are split over: these are the ones of this process.
         batch_size: where blocks run, and how many sequences together; copies and parts share it.
-        counts: sequences and tokens of each rank, if there are several.
+        counts: sequences and tokens of each rank.
     """
 
     probe: Probe
@@ -101,12 +101,12 @@ class Activations:
     @property
     def tokens(self) -> int:
         """Of all ranks."""
-        return sum(tokens for _, tokens in self._counts())
+        return sum(tokens for _, tokens in self.counts)
 
     @property
     def before(self) -> tuple[int, int]:
         """Sequences, and tokens, of lower ranks."""
-        lower = self._counts()[: self.ranks.rank]
+        lower = self.counts[: self.ranks.rank]
         return sum(samples for samples, _ in lower), sum(tokens for _, tokens in lower)
 
     @property
@@ -114,29 +114,21 @@ class Activations:
         """Where blocks run."""
         return self.batch_size.device
 
-    def _counts(self) -> Sequence[tuple[int, int]]:
-        assert self.counts or self.ranks.size == 1, "a part of the batches needs counted()"
-        return self.counts or [(sum(size for size, _ in self.sizes), sum(map(math.prod, self.sizes)))]
-
-    def counted(self) -> Activations:
-        """With ``counts``. All ranks call it."""
-        own = replace(self, ranks=ALONE, counts=())._counts()[0]
-        return replace(self, counts=tuple(self.ranks.gather(own)))
-
-    def clone(self) -> Activations:
-        """Activations that advance on their own. The tensors are shared."""
-        return replace(self, hidden=list(self.hidden))
-
     def part(self, batches: Sequence[int]) -> Activations:
-        """Of some batches, advancing on their own. The tensors are shared."""
-        return replace(
+        """Of some batches, advancing on their own; the tensors are shared. All ranks call it."""
+        part = replace(
             self,
             sizes=[self.sizes[batch] for batch in batches],
             hidden=[self.hidden[batch] for batch in batches],
             arguments=[[own[batch] for batch in batches] for own in self.arguments],
             batches=[self.batches[batch] for batch in batches],
-            counts=(),
         )
+        return part.counted()
+
+    def counted(self) -> Activations:
+        """With ``counts``. All ranks call it."""
+        own = sum(samples for samples, _ in self.sizes), sum(map(math.prod, self.sizes))
+        return replace(self, counts=tuple(self.ranks.gather(own)))
 
     def groups(self, block: Block) -> list[tuple[Linear, ...]]:
         """The block's linears to prune, by the input that they share."""

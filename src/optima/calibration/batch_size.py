@@ -30,8 +30,7 @@ class BatchSize:
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
         self.most: int | None = None
-        self._tried = 0
-        self._noted: int | None = None
+        self._agreed: int | None = None
 
     def map(
         self, samples: int, work: Callable[[slice], Result], divisible: bool = True, most: int | None = None
@@ -64,38 +63,24 @@ class BatchSize:
                 continue
             except torch.OutOfMemoryError as error:
                 if count == 1 or not divisible:
-                    raise self._error(count) from error
+                    remedy = "--max-seq-length" if count == 1 else "--batch-size to 1: this batch cannot be split"
+                    raise DeviceMemoryError(
+                        f"{describe_memory(self.device)} has no memory for {count} sequences together: lower {remedy}"
+                    ) from error
             # Only after the exception and the frames that it holds are gone is their memory free.
             gc.collect()
             torch.cuda.empty_cache()
-            self._tried, self.most = max(self._tried, count), (count + 1) // 2
+            self.most = (count + 1) // 2
             waiting.append(rows)
         return results
 
-    def limit(self, found: Iterable[int | None], noted: bool = False) -> None:
-        """Run no more sequences together than the least of ``found``: of all ranks, or of an earlier run.
-
-        ``noted``: whoever found it has reported it.
-        """
-        least = min((most for most in found if most is not None), default=None)
-        if least is not None and (self.most is None or least <= self.most):
-            self.most = least
-            self._noted = least if noted else self._noted
-
-    def note(self) -> str:
-        """For the report, once; may be empty."""
-        if self.most == self._noted:
+    def agree(self, found: Iterable[int | None]) -> str:
+        """Take the least ``most`` of all ranks, or of an earlier run; returns a note for the report if that is new."""
+        before, self._agreed = self._agreed, min((most for most in (*found, self.most) if most), default=None)
+        self.most = self._agreed
+        if self.most == before:
             return ""
-        self._noted = self.most
         return (
-            f"out of memory: {self._tried} sequences together were too many for the device, from here on {self.most} "
-            "ran at a time at most; sums over smaller batches are rounded differently"
-        )
-
-    def _error(self, count: int) -> DeviceMemoryError:
-        memory = f"the memory of {describe_memory(self.device)}"
-        if count == 1:
-            return DeviceMemoryError(f"one sequence is too much for {memory}: lower --max-seq-length, or free some")
-        return DeviceMemoryError(
-            f"{count} sequences are too many for {memory}, and cannot be split: use --batch-size 1"
+            f"out of memory: from here on, at most {self.most} sequences ran together; sums over smaller batches are "
+            "rounded differently"
         )

@@ -45,26 +45,20 @@ LEAST_TOKENS, LEAST_TUNED = 8192, 32768
 ALIKE = 0.05
 # Of a share times a count.
 ROUNDING = 1e-9
-NOWHERE = torch.zeros(0, dtype=torch.int32), torch.zeros(0)  # no token of a batch was routed to an expert
-
-
-def fisher_share(share: float, tokens: int) -> float:
-    """The share of the sequences that gradients are taken of: at least ``LEAST_TOKENS`` of so many ``tokens``."""
-    return min(max(share, LEAST_TOKENS / max(tokens, 1)), 1.0)
+UNSEEN = -1.0  # the square of a token that was not routed to an expert
 
 
 def fisher_batches(acts: Activations, share: float) -> list[int]:
     """The batches of this rank that gradients are taken of."""
-    return _spread(acts, fisher_share(share, acts.tokens))
+    return chosen_batches(acts, share, LEAST_TOKENS)
 
 
-def tuned_batches(acts: Activations, share: float) -> list[int]:
-    """The batches of this rank that blocks are tuned on."""
-    return _spread(acts, min(max(share, LEAST_TUNED / max(acts.tokens, 1)), 1.0))
+def chosen_batches(acts: Activations, share: float, least: int) -> list[int]:
+    """A share of this rank's batches, with ``least`` tokens over all ranks if there are as many.
 
-
-def _spread(acts: Activations, share: float) -> list[int]:
-    """A share of the batches, evenly spread, counted over all ranks; the first one is always among them."""
+    They are evenly spread, counted over all ranks; the first one is always among them.
+    """
+    share = min(max(share, least / max(acts.tokens, 1)), 1.0)
     size = max(acts.ranks.gather(max((samples for samples, _ in acts.sizes), default=1)))
     first, chosen = acts.before[0], []
     for batch, (samples, _) in enumerate(acts.sizes):
@@ -98,7 +92,7 @@ def fisher_weights(
         seed: of the labels.
         residual: find ``FisherWeights.residual`` too.
         weights: brings blocks to the device; None: they are all in main memory.
-        share: of the sequences that are used, see ``fisher_share``.
+        share: of the sequences that are used, see ``chosen_batches``.
         progress: called with the fraction of the work that is done.
         coupled: find ``FisherWeights.coupling`` too.
 
@@ -134,13 +128,9 @@ class _GradientPass:
         self, model: PreTrainedModel, stack: Stack, acts: Activations, weights: Weights, used: Sequence[int]
     ) -> None:
         self.model, self.stack, self.acts, self.weights, self.used = model, stack, acts, weights, used
-        self.ranks, self.head = acts.ranks, head_of(model) is not None
-        self.part = acts.part(used).counted()
-        self.found, self.alike = FisherWeights(LOGITS if self.head else HIDDEN), False
-        self.count = self.part.tokens
-        length, whole = max((length for _, length in acts.sizes), default=0), len(used) == len(acts.sizes)
-        lengths, wholes = zip(*self.ranks.gather((length, whole)), strict=True)
-        self.length, self.whole = max(lengths), all(wholes)
+        self.ranks, self.head, self.part = acts.ranks, head_of(model) is not None, acts.part(used)
+        self.found = FisherWeights(LOGITS if self.head else HIDDEN)
+        self.starts: list[Tensor] = []  # of each batch, (T,): the tokens of a start that all sequences share
 
     def run(self, seed: int, residual: bool, coupled: bool, progress: Callable[[float], None]) -> FisherWeights:
         """See ``fisher_weights``."""
@@ -157,17 +147,14 @@ class _GradientPass:
                     part.forward(block)
             gradients = self._at_the_head(seed, counts)
         progress(0.25)  # a forward pass is a quarter of the work
-        self.alike = start_alike(self.acts, part.hidden)
+        alike = start_alike(self.acts, part.hidden)
+        self.starts = [(torch.arange(math.prod(size)) % size[1] == 0) & alike for size in self.acts.sizes]
         for block in reversed(blocks):
             part.hidden = inputs.pop()
-            sums = _BlockSums(block, part, coupled)
-            metric_EE = None
-            with _raised_on_all(self.ranks):
-                if residual:
-                    metric_EE = second_moment(gradients, self.acts.hidden[0].shape[-1], part.device)
-                with self.weights.on(block, part.device):
-                    squares = sums.backward(gradients)
-            self._finish(block, squares, sums, metric_EE)
+            sums = _BlockSums(block, part, self.acts.hidden[0].shape[-1] if residual else 0, coupled)
+            with _raised_on_all(self.ranks), self.weights.on(block, part.device):
+                sums.backward(gradients)
+            self._finish(block, sums)
             progress(1.0 - 0.75 * len(inputs) / len(blocks))
         return self.found
 
@@ -191,10 +178,10 @@ class _GradientPass:
         place = MAIN if self.stack.part == "encoder" else outside_device(self.model, part.device)
         with self.weights.outside(place):
             for batch, count in enumerate(counts[self.ranks.rank]):
+                number = len(gradients)
                 if batch not in self.used:
                     torch.rand(count, generator=generator)
                     continue
-                number = len(gradients)
                 if self.head:
                     drawn_BL = torch.rand(label_size(self.model, part.batches[number]), generator=generator)
                     gradient = at_the_head(self.model, self.stack, part, number, drawn_BL)
@@ -204,70 +191,61 @@ class _GradientPass:
                 gradients.append(part.store.keep(gradient))
         return gradients
 
-    def _finish(self, block: Block, squares: list[Tensor], sums: _BlockSums, metric_EE: Tensor | None) -> None:
+    def _finish(self, block: Block, sums: _BlockSums) -> None:
         """Make the weights of the tokens and rows of a block, over all ranks."""
-        found, keep = self.found, self.acts.store.keep
+        found, keep, tokens = self.found, self.acts.store.keep, self.part.tokens
         inputs = {linear.name: linear.shape[1] for linear in block.linears}
-        for name, own in {**sums.tokens, block.name: squares}.items():
-            placed = [(torch.arange(len(square_T)), square_T) for square_T in self._fill_in(own)]
-            if weights := self._weights(name, placed, inputs.get(name, 0)):
-                found.tokens[name] = [weight_T for _, weight_T in weights]
-        for name, routed in sums.routed.items():
-            by_batch = dict(zip(self.used, routed, strict=True))
-            every = [by_batch.get(batch, NOWHERE) for batch in range(len(self.acts.sizes))]
-            # An expert's tokens of sequences that were not used are to come, with the mean.
-            if weights := self._weights(name, every, inputs[name], self.acts.tokens / self.count):
-                found.routed[name] = weights
+        for name, own in sums.squares.items():
+            routed = name in sums.experts
+            squares = self._fill_in(own, routed)
+            counted = [square_T[(square_T >= 0.0) & ~start_T] for square_T, start_T in self._with_starts(squares)]
+            totals = self.ranks.all_reduce(torch.tensor(Moments.of(counted)[:3], dtype=torch.float64))
+            moments = Moments(*totals.tolist())._replace(inputs=inputs.get(name, 0))
+            if routed:  # its tokens of sequences that were not used are to come, with the mean
+                moments = moments.among(moments.tokens * self.acts.tokens / tokens)
+            if not moments.total:
+                continue
+            found.effective[name] = moments.effective
+            weights = [moments.weights(square_T, start_T) for square_T, start_T in self._with_starts(squares)]
+            if routed:
+                places = [(square_T >= 0.0).nonzero()[:, 0].int() for square_T in squares]
+                found.routed[name] = [(at_T, own_T[at_T]) for at_T, own_T in zip(places, weights, strict=True)]
+            else:
+                found.tokens[name] = weights
         reached = _all_reduced(sums.reached, self.ranks)
         for name, sum_2O in _all_reduced(sums.rows, self.ranks).items():
-            square, tempered = (sum_2O / self.count).sum(dim=1).tolist()
+            square, tempered = (sum_2O / tokens).sum(dim=1).tolist()
             if tempered:
-                few = name in sums.routed or name in self.acts.probe.routed
-                row_O = (sum_2O[1] / self.count * (square / tempered)).float()
+                few = name in sums.experts or name in self.acts.probe.routed
+                row_O = (sum_2O[1] / tokens * (square / tempered)).float()
                 found.rows[name] = row_weights(row_O, float(reached[name]) if few else math.inf)
-        if metric_EE is not None:
-            found.residual[block.name] = keep(self.ranks.all_reduce(metric_EE) / self.count)
+        if sums.residual_EE is not None:
+            found.residual[block.name] = keep(self.ranks.all_reduce(sums.residual_EE.cpu()) / tokens)
         for name, halves in sums.halves.items():
             total = self.ranks.all_reduce(halves)
             if bool(total.any()):
                 found.coupling[name] = keep(correlated_rows(total).half().cpu())
 
-    def _weights(
-        self, name: str, squares: Sequence[tuple[Tensor, Tensor]], inputs: int, share: float | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Of the tokens of each batch, places and squares; none if no token matters. ``share``: of those to come."""
-        starts = [
-            at_T % length == 0 if self.alike else torch.zeros(len(at_T), dtype=torch.bool)
-            for (at_T, _), (_, length) in zip(squares, self.acts.sizes, strict=True)
-        ]
-        own = Moments.of([square_T[~start_T] for (_, square_T), start_T in zip(squares, starts, strict=True)])
-        total = _all_reduced({name: torch.tensor(own[:3], dtype=torch.float64)}, self.ranks)[name].tolist()
-        moments = Moments(total[0], total[1], total[2], inputs)
-        moments = moments if share is None else moments.among(moments.tokens * share)
-        if not moments.total:
-            return []
-        self.found.effective[name] = moments.effective
-        return [
-            (at_T, moments.weights(square_T, start_T))
-            for (at_T, square_T), start_T in zip(squares, starts, strict=True)
-        ]
+    def _with_starts(self, squares: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(squares, self.starts, strict=True)
 
-    def _fill_in(self, squares: Sequence[Tensor]) -> list[Tensor]:
+    def _fill_in(self, squares: Sequence[Tensor], routed: bool) -> list[Tensor]:
         """Squares of the tokens of every batch, (T,), from those of the batches that were used.
 
-        Other tokens have the mean of their position, of the roots that are used.
+        Other tokens have the mean of their position, of the roots that are used. It is not known where they are routed.
         """
-        if self.whole:
-            return list(squares)
         own, sizes = dict(zip(self.used, squares, strict=True)), self.acts.sizes
-        sum_2L = torch.zeros(2, self.length, dtype=torch.float64)
-        for batch, square_T in own.items():
-            root_BL = square_T.double().pow(POWER).reshape(-1, sizes[batch][1])
-            sum_2L[0, : root_BL.shape[1]] += root_BL.sum(dim=0)
-            sum_2L[1, : root_BL.shape[1]] += len(root_BL)
-        weight_L, count_L = self.ranks.all_reduce(sum_2L)
-        mean_L = torch.where(count_L > 0, weight_L / count_L.clamp_min(1), weight_L.sum() / count_L.sum())
-        square_L = mean_L.pow(1.0 / POWER).float()
+        length = max(self.ranks.gather(max((length for _, length in sizes), default=0)))
+        square_L = torch.full((length,), UNSEEN)
+        if not routed:
+            sum_2L = torch.zeros(2, length, dtype=torch.float64)
+            for batch, square_T in own.items():
+                root_BL = square_T.double().pow(POWER).reshape(-1, sizes[batch][1])
+                sum_2L[0, : root_BL.shape[1]] += root_BL.sum(dim=0)
+                sum_2L[1, : root_BL.shape[1]] += len(root_BL)
+            weight_L, count_L = self.ranks.all_reduce(sum_2L)
+            mean_L = torch.where(count_L > 0, weight_L / count_L.clamp_min(1), weight_L.sum() / count_L.sum())
+            square_L = mean_L.pow(1.0 / POWER).float()
         filled = {size: square_L[: size[1]].repeat(size[0]) for size in set(sizes)}  # batches share them
         return [own.get(batch, filled[size]) for batch, size in enumerate(sizes)]
 
@@ -283,24 +261,14 @@ def start_alike(acts: Activations, outputs: Sequence[Tensor]) -> bool:
     """
     if not acts.probe.batch_first:
         return False
-    starts, ends = ([hidden[:, 0].flatten(1) for hidden in each] for each in (acts.hidden, outputs))
-    everyone = acts.ranks.all_gather([each[0][:1].clone() if each else None for each in (starts, ends)])
-    start_1E = next((start for start, _ in everyone if start is not None), torch.empty(0))
-    end_1E = next((end for _, end in everyone if end is not None), torch.empty(0)).float()
-    ended = sum(acts.ranks.gather(sum(map(len, ends))))  # one says nothing of others
-    alike = ended > 1 and all(bool((start_BE == start_1E).all()) for start_BE in starts)
-    for end_BE in ends:  # rounded as their batches are
-        alike = alike and bool(((end_BE.float() - end_1E).norm(dim=1) <= ALIKE * end_1E.norm(dim=1)).all())
-    return all(acts.ranks.gather(alike))
-
-
-def second_moment(gradients: Sequence[Tensor], size: int, device: torch.device) -> Tensor:
-    """The sum over tokens of g g^T, (E, E), on the CPU."""
-    product_EE = torch.zeros(size, size, device=device)
-    for gradient in gradients:
-        flat_TE = moved(gradient, device).flatten(0, -2).float()
-        product_EE += flat_TE.mT @ flat_TE
-    return product_EE.cpu()
+    alike, count = True, 0
+    for hidden, tolerance in ((acts.hidden, 0.0), (outputs, ALIKE)):  # outputs are rounded as their batches are
+        starts = [each[:, 0].flatten(1).float().clone() for each in hidden]
+        first_1E = acts.ranks.broadcast(starts[0][:1] if acts.ranks.first else None, 0)
+        near = [(start_BE - first_1E).norm(dim=1) <= tolerance * first_1E.norm() for start_BE in starts]
+        alike = alike and all(bool(near_B.all()) for near_B in near)
+        count = sum(acts.ranks.gather(sum(map(len, near))))  # of the outputs in the end: one says nothing of others
+    return count > 1 and all(acts.ranks.gather(alike))
 
 
 # Of a linear's gradients in a backward pass, on the device: its name, sums over tokens (2, O) and over outputs (T,),
@@ -313,46 +281,42 @@ class _BlockSums:
 
     Attributes:
         rows: by linear: over tokens, (2, O), of squares and of squares tempered by their token's; float64.
-        tokens: by the first linear of a group: for each batch over outputs, (T,).
-        routed: by an expert's linear: for each batch the tokens, and the same of each.
+        squares: by the first linear of a group, by expert, and by block: for each batch over outputs, (T,).
+        experts: names of the experts' linears.
         reached: by linear: the number of its tokens.
+        residual_EE: the sum over tokens of g g^T at the block's outputs of size ``residual``; None if that is 0.
         halves: by linear: see ``correlation.products_of_halves``.
     """
 
-    def __init__(self, block: Block, part: Activations, coupled: bool) -> None:
+    def __init__(self, block: Block, part: Activations, residual: int, coupled: bool) -> None:
         self._block, self._part = block, part
-        self._leaders = {linear.name: group[0].name for group in part.groups(block) for linear in group}
         self.rows = {each.name: torch.zeros(2, each.shape[0], dtype=torch.float64) for each in block.linears}
-        self.routed = {each.name: [NOWHERE] * len(part.sizes) for each in block.linears if each.expert is not None}
-        unordered = part.probe.routed | self.routed.keys()
-        ordered = [leader for name, leader in self._leaders.items() if name not in unordered]
-        self.tokens = {name: [torch.zeros(math.prod(size)) for size in part.sizes] for name in dict.fromkeys(ordered)}
         self.reached = {name: torch.zeros((), dtype=torch.float64) for name in self.rows}
-        linears = [linear for linear in block.linears if coupled and couples(linear)]
+        self.experts = {linear.name for linear in block.linears if linear.expert is not None}
+        leaders = {linear.name: group[0].name for group in part.groups(block) for linear in group}
+        self._keys = {name: leader for name, leader in leaders.items() if name not in part.probe.routed}
+        self._keys |= {name: name for name in self.experts}
+        self.squares = {
+            key: [torch.full((math.prod(size),), UNSEEN if key in self.experts else 0.0) for size in part.sizes]
+            for key in dict.fromkeys([*self._keys.values(), block.name])
+        }
+        self.residual_EE = torch.zeros(residual, residual, device=part.device) if residual else None
+        linears = [each for each in block.linears if coupled and couples(each) and each.name in self._keys]
         self.halves = {each.name: torch.zeros(2, *each.shape[:1] * 2, device=part.device) for each in linears}
         # The number of each batch's first sequence, over all ranks.
         self._numbers = list(accumulate((samples for samples, _ in part.sizes), initial=part.before[0]))
 
-    def backward(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Replace ``gradients`` at the block's outputs by those at its inputs.
-
-        Returns:
-            Squares of the gradients at its outputs: for each batch over the hidden size, (T,).
-        """
-        squares = []
+    def backward(self, gradients: list[Tensor]) -> None:
+        """Replace ``gradients`` at the block's outputs by those at its inputs."""
         for batch in range(len(gradients)):
-            run = partial(self._backward, gradients[batch], batch)
-            own, parts = zip(*self._part.map_microbatches(batch, run), strict=True)
-            squares.append(torch.cat(own))
+            parts = self._part.map_microbatches(batch, partial(self._backward, gradients[batch], batch))
             gradients[batch] = self._part.store.keep(parts[0] if len(parts) == 1 else torch.cat(parts))
-        return squares
 
-    def _backward(self, gradient: Tensor, batch: int, rows: slice) -> tuple[Tensor, Tensor]:
-        block, part = self._block, self._part
-        gradient = moved(rows_of(gradient, rows, part.sizes[batch][0]), part.device)
-        square_T = gradient.float().square().flatten(2).sum(dim=-1).flatten().cpu()
-        if not bool(square_T.isfinite().all()):
-            raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
+    def _backward(self, gradient: Tensor, batch: int, rows: slice) -> Tensor:
+        block, part, (samples, length) = self._block, self._part, self._part.sizes[batch]
+        gradient = moved(rows_of(gradient, rows, samples), part.device)
+        tokens = slice(rows.start * length, rows.stop * length)
+        odd_B = torch.arange(self._numbers[batch] + rows.start, self._numbers[batch] + rows.stop) % 2
         leaves: list[Tensor] = []
         noted: list[_Noted] = []
 
@@ -362,55 +326,54 @@ class _BlockSums:
 
         with ExitStack() as hooks:
             for linear in block.linears:
-                hooks.callback(linear.watch(partial(self._note, noted, batch, rows, linear.name)).remove)
+                hooks.callback(linear.watch(partial(self._note, noted, odd_B, linear.name)).remove)
             hooks.enter_context(block.linearized())
             output = hidden_of(part.run(block, batch, rows, call))
             if not output.requires_grad:
                 raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
             with backward_explained(block.name):
                 output.backward(gradient)
-        for each in noted:  # once the pass has got to its end, and not been out of memory
-            self._add(batch, rows, each)
+        # What follows comes after the pass, which may have been out of memory.
+        square_T = gradient.float().square().flatten(2).sum(dim=-1).flatten().cpu()
+        self.squares[block.name][batch][tokens] = _finite(square_T, f"output of {block.name}")
+        if self.residual_EE is not None:
+            flat_TE = gradient.flatten(0, -2).float()
+            self.residual_EE += flat_TE.mT @ flat_TE
+        for each in noted:
+            self._add(batch, tokens, *each)
         assert leaves[0].grad is not None
-        return square_T, leaves[0].grad.cpu()
+        return leaves[0].grad.cpu()
 
     def _note(
-        self,
-        noted: list[_Noted],
-        batch: int,
-        rows: slice,
-        name: str,
-        gradient: Tensor,
-        tokens_T: Tensor | None = None,
+        self, noted: list[_Noted], odd_B: Tensor, name: str, gradient: Tensor, tokens_T: Tensor | None = None
     ) -> None:
         gradient_TO = gradient.detach().flatten(0, -2)
         square_TO = gradient_TO.float().square()
-        sum_T, halves = square_TO.sum(dim=1), None
+        sum_T = square_TO.sum(dim=1)
         factor_T = sum_T.pow(POWER - 1.0).masked_fill_(sum_T == 0.0, 0.0)  # so that few tokens do not decide
         sum_2O = torch.stack((square_TO.sum(dim=0), factor_T @ square_TO))
-        if name in self.halves and len(sum_T) == (rows.stop - rows.start) * self._part.sizes[batch][1]:
-            odd_B = torch.arange(self._numbers[batch] + rows.start, self._numbers[batch] + rows.stop) % 2
-            halves = products_of_halves(gradient_TO, factor_T, odd_B)
+        halves = products_of_halves(gradient_TO, factor_T, odd_B) if name in self.halves else None
         noted.append((name, sum_2O, sum_T, tokens_T, halves))
 
-    def _add(self, batch: int, rows: slice, noted: _Noted) -> None:
-        name, sum_2O, sum_T, tokens_T, halves = noted
-        sum_T = sum_T.cpu()
-        if not bool(sum_T.isfinite().all()):
-            raise NotDifferentiableError(f"gradients at the outputs of {name} are not finite")
-        length = self._part.sizes[batch][1]
-        begin, end = rows.start * length, rows.stop * length
+    def _add(
+        self, batch: int, tokens: slice, name: str, sum_2O: Tensor, sum_T: Tensor, tokens_T: Any, halves: Any
+    ) -> None:
+        sum_T = _finite(sum_T.cpu(), f"outputs of {name}")
         self.rows[name] += sum_2O.double().cpu()
         self.reached[name] += len(sum_T)
-        if name in self.routed:
-            if tokens_T is not None:
-                known_T, square_T = self.routed[name][batch]
-                own_T = (tokens_T.cpu() + begin).int()
-                self.routed[name][batch] = torch.cat((known_T, own_T)), torch.cat((square_T, sum_T))
-        elif name not in self._part.probe.routed and len(sum_T) == end - begin:
-            self.tokens[self._leaders[name]][batch][begin:end] += sum_T
+        own_T = self.squares[self._keys.get(name, self._block.name)][batch][tokens]
+        if tokens_T is not None:
+            own_T[tokens_T.cpu()] = sum_T
+        elif name in self._keys and len(sum_T) == len(own_T):
+            own_T += sum_T
         if halves is not None:
             self.halves[name] += halves
+
+
+def _finite(square_T: Tensor, where: str) -> Tensor:
+    if not bool(square_T.isfinite().all()):
+        raise NotDifferentiableError(f"gradients at the {where} are not finite")
+    return square_T
 
 
 def _all_reduced(sums: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
