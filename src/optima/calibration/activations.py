@@ -159,22 +159,18 @@ class Activations:
             start(batch, rows)
             return _queue_copy(hidden_of(self.run(block, batch, rows)))
 
-        queued: list[tuple[int, list[Tensor], torch.cuda.Event | None]] = []
-        with full_precision():
+        with full_precision(), ExitStack() as waiting:
             for batch in range(len(self.sizes)):
                 outputs = self.map_microbatches(batch, partial(run, batch))
                 event = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-                queued.append((batch, outputs, event))
-                self._receive(queued, 0 if event is None else 1)  # the last one before, while the device works on this
-            self._receive(queued, 0)
+                waiting.close()  # receives the batch before, while the device works on this one
+                waiting.callback(self._receive, batch, outputs, event)
 
-    def _receive(self, queued: list[tuple[int, list[Tensor], torch.cuda.Event | None]], left: int) -> None:
-        while len(queued) > left:
-            batch, outputs, event = queued.pop(0)
-            if event is not None:
-                event.synchronize()
-            copies = len(outputs) > 1 or event is not None  # pinned memory is used again
-            self.hidden[batch] = self.store.keep(torch.cat(outputs) if copies else outputs[0])
+    def _receive(self, batch: int, outputs: list[Tensor], event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            event.synchronize()
+        copies = len(outputs) > 1 or event is not None  # pinned memory is used again
+        self.hidden[batch] = self.store.keep(torch.cat(outputs) if copies else outputs[0])
 
     def run(self, block: Block, batch: int, rows: slice | None = None, call: Call | None = None) -> Any:
         """What the block, which is on the device, returns for a batch, or for ``rows`` of it.

@@ -27,7 +27,7 @@ from optima.device import backward_explained, card_memory, differentiable, forwa
 from optima.errors import NotDifferentiableError
 from optima.models.blocks import Block, Stack, count_outside, find_stacks
 from optima.models.inputs import Batch, divisible, forward, head_inputs, rows_of, some_of
-from optima.models.inspect import head_of, in_slices, is_encoder_decoder
+from optima.models.inspect import head_of, is_encoder_decoder
 from optima.models.offload import MAIN, Weights
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
@@ -41,7 +41,7 @@ CHUNK = 512
 
 def sliceable(model: nn.Module) -> bool:
     """Whether the model can be asked for the logits of some positions, and runs no encoder for each slice."""
-    return in_slices(model) and not is_encoder_decoder(model)
+    return "logits_to_keep" in inspect.signature(model.forward).parameters and not is_encoder_decoder(model)
 
 
 def positions_of_slices(model: nn.Module, at_L: Tensor, samples: int) -> Sequence[Tensor]:
@@ -68,26 +68,28 @@ def outside_device(model: PreTrainedModel, device: torch.device, batches: Sequen
     return device if 2 * outside <= card_memory(device) else MAIN
 
 
-@contextmanager
-def head_alone(model: PreTrainedModel, stack: Stack, acts: Activations, leaf: Tensor) -> Iterator[None]:
-    """No block runs inside: each returns ``leaf``."""
-    with ExitStack() as replaced:
-        for block in stack.blocks:
-            output = with_hidden(acts.probe.outputs[block.index], leaf)
-            replaced.enter_context(forward_replaced(block.module, partial(_returned, output)))
-        yield
+def _sliced_head(
+    model: PreTrainedModel, stack: Stack, acts: Activations, hidden: Tensor, batch: Batch, at_L: Tensor, samples: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions (C,), and the logits (T, V) there of ``hidden``, a slice at a time; no block runs.
+
+    All positions at once, if the model cannot slice its logits. ``samples``: of the largest microbatch.
+    """
+    slices = positions_of_slices(model, at_L, samples) if sliceable(model) else [None]
+    for at_C in slices:
+        with ExitStack() as replaced:
+            for block in stack.blocks:
+                output = with_hidden(acts.probe.outputs[block.index], hidden)
+                replaced.enter_context(forward_replaced(block.module, partial(_returned, output)))
+            options = {} if at_C is None else {"logits_to_keep": at_C.to(hidden.device)}
+            logits = getattr(forward(model, batch, **options), "logits", None)
+        if not isinstance(logits, Tensor):
+            raise NotDifferentiableError("it returns no logits")
+        yield at_L if at_C is None else at_C, logits.flatten(0, -2)
 
 
 def _returned(output: Any, *args: Any, **kwargs: Any) -> Any:
     return output
-
-
-def logits_of(returned: Any) -> Tensor:
-    """A model for pretraining returns those of another head, too."""
-    for name in ("logits", "prediction_logits"):
-        if isinstance(found := getattr(returned, name, None), Tensor):
-            return found
-    raise NotDifferentiableError("it returns no logits")
 
 
 def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: int, drawn_BL: Tensor) -> Tensor:
@@ -116,28 +118,17 @@ def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: 
     def backward(rows: slice) -> Tensor:
         part = some_of(inputs, rows, samples)
         leaf = rows_of(acts.hidden[batch], rows, samples).to(home, copy=True).requires_grad_(True)
-        with head_alone(model, stack, acts, leaf):
-            for at_C, options in _slices(model, torch.arange(length), most, home):
-                logits_TV = logits_of(forward(model, part, **options)).flatten(0, -2)
-                if not logits_TV.requires_grad:
-                    raise NotDifferentiableError("its logits do not depend on its last block by a gradient")
-                gradient_TV = label_gradient(logits_TV.detach(), drawn_BL[rows][:, at_C].flatten().to(home))
-                with backward_explained("its head"):
-                    logits_TV.backward(gradient_TV)
+        for at_C, logits_TV in _sliced_head(model, stack, acts, leaf, part, torch.arange(length), most):
+            if not logits_TV.requires_grad:
+                raise NotDifferentiableError("its logits do not depend on its last block by a gradient")
+            gradient_TV = label_gradient(logits_TV.detach(), drawn_BL[rows][:, at_C].flatten().to(home))
+            with backward_explained("its head"):
+                logits_TV.backward(gradient_TV)
         assert leaf.grad is not None
         return leaf.grad.cpu()
 
     parts = acts.batch_size.map(samples, backward, splits, most)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _slices(
-    model: nn.Module, at_L: Tensor, samples: int, device: torch.device
-) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Positions of a slice at a time, and options of the model for it; all positions, if it cannot slice its logits."""
-    if not sliceable(model):
-        return [(at_L, {})]
-    return [(at_C, {"logits_to_keep": at_C.to(device)}) for at_C in positions_of_slices(model, at_L, samples)]
 
 
 def label_gradient(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
@@ -243,10 +234,10 @@ class LogitsError:
         length = self.acts.sizes[batch][1]
         stride = -(-length // POSITIONS)
         at_L = torch.arange(epoch % stride, length, stride)
-        for _, options in _slices(self.model, at_L, rows.stop - rows.start, home):
-            with torch.no_grad():
-                log_p_TV = self._log_probabilities(target, part, options)
-            log_q_TV = self._log_probabilities(leaf, part, options)
+        logits = partial(_sliced_head, self.model, self.stack, self.acts)
+        slices = (part, at_L, rows.stop - rows.start)
+        for (_, p_TV), (_, q_TV) in zip(logits(target, *slices), logits(leaf, *slices), strict=True):
+            log_p_TV, log_q_TV = _log_probabilities(p_TV), _log_probabilities(q_TV)
             lost = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="sum", log_target=True)
             if found.requires_grad:
                 gradient += torch.autograd.grad(lost, leaf)[0].to(gradient)
@@ -256,12 +247,10 @@ class LogitsError:
         mean = (total.clamp_min(0.0) / tokens).to(fixed.device, torch.float32)
         return mean + ((found - fixed).float() * gradient).sum() / tokens
 
-    def _log_probabilities(self, hidden: Tensor, part: Batch, options: dict[str, Tensor]) -> Tensor:
-        """Log-probabilities of the logits of ``hidden``, (T, V)."""
-        with head_alone(self.model, self.stack, self.acts, hidden):
-            logits = logits_of(forward(self.model, part, **options))
-        # A bias of -inf forbids tokens to both models: no difference, not infinity less infinity.
-        return logits.flatten(0, -2).float().log_softmax(dim=-1).clamp_min(torch.finfo(torch.float32).min)
+
+def _log_probabilities(logits_TV: Tensor) -> Tensor:
+    # A bias of -inf forbids tokens to both models: no difference, not infinity less infinity.
+    return logits_TV.float().log_softmax(dim=-1).clamp_min(torch.finfo(torch.float32).min)
 
 
 @contextmanager
@@ -274,15 +263,8 @@ def sliced_logits(model: PreTrainedModel, tokens_BL: Tensor) -> Iterator[Callabl
     """
     decoder: Any = model.get_decoder()
     if not sliceable(model) or decoder is model:
-        logits_BLV: Tensor = plain_forward(model, tokens_BL).logits
+        logits_BLV: Tensor = forward(model, tokens_BL).logits
         yield lambda at_C: logits_BLV[:, at_C]
         return
     with forward_replaced(decoder, once(decoder.forward)):
-        yield lambda at_C: plain_forward(model, tokens_BL, logits_to_keep=at_C).logits
-
-
-def plain_forward(model: PreTrainedModel, tokens_BL: Tensor, **options: Any) -> Any:
-    """The model's outputs, without a cache of keys and values."""
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        options["use_cache"] = False
-    return model(tokens_BL, **options)
+        yield lambda at_C: forward(model, tokens_BL, logits_to_keep=at_C).logits

@@ -23,10 +23,11 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.activations import agree
-from optima.calibration.lm_head import plain_forward, positions_of_slices, sliced_logits
+from optima.calibration.lm_head import positions_of_slices, sliced_logits
 from optima.data.text import SEPARATOR, SpecialTokens, pack, pieces, special_tokens, text_length, token_ids
 from optima.device import evaluating
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError, NumericalError
+from optima.models.inputs import forward
 from optima.models.inspect import check_length, check_vocabulary, is_encoder_decoder
 
 PROTOCOLS = ("windows", "sparsegpt")
@@ -173,11 +174,11 @@ def check_causal(model: PreTrainedModel, tokens_NL: Tensor) -> int:
     check_length(model, length)
     check_vocabulary(model, tokens_NL)
     probe_1L = tokens_NL[:1, :PROBE_LENGTH].to(model.device)
-    logits_1LV = getattr(plain_forward(model, probe_1L), "logits", None)
+    logits_1LV = getattr(forward(model, probe_1L), "logits", None)
     if logits_1LV is None or logits_1LV.shape[:-1] != probe_1L.shape or logits_1LV.shape[-1] <= int(probe_1L.max()):
         raise ModelError(f"{name}: it has no logits over its vocabulary")
     half = probe_1L.shape[1] // 2
     other_1L = torch.cat([probe_1L[:, :half], (probe_1L[:, half:] == 0).to(probe_1L.dtype)], dim=1)
-    if not agree(plain_forward(model, other_1L).logits[:, :half], logits_1LV[:, :half], model.dtype):
+    if not agree(forward(model, other_1L).logits[:, :half], logits_1LV[:, :half], model.dtype):
         raise ModelError(f"{name}: its predictions depend on later tokens")
     return int(logits_1LV.shape[-1])

@@ -24,11 +24,6 @@ def head_of(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
-def in_slices(model: nn.Module) -> bool:
-    """Whether the model can be asked for the logits of some positions alone."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
 def arguments_of(model: nn.Module) -> list[str]:
     """What the model's forward pass takes, by its class: one that someone put in its place may not say."""
     return list(inspect.signature(type(model).forward).parameters)[1:]
