@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optima.allocate import allocate, saliency_quantiles, with_shares
 from optima.calibration.activations import Activations, capture
-from optima.calibration.fisher import LEAST_TUNED, LOGITS, chosen_batches, fisher_batches, fisher_weights
+from optima.calibration.fisher import LOGITS, fisher_batches, fisher_weights, tuned_batches
 from optima.calibration.lm_head import LmHead, outside_device
 from optima.calibration.statistics import Found, observe, routing_notes
 from optima.calibration.weights import FisherWeights
@@ -337,7 +337,7 @@ def make_tuner(acts: Activations, fisher: FisherWeights | None, head: LmHead | N
     if not recipe.tuning_epochs or (recipe.objective == "loss" and fisher is None):
         return None
     tuning = Tuning(recipe.tuning_epochs, recipe.learning_rate, recipe.tuning_fraction, recipe.seed)
-    batches = chosen_batches(acts, tuning.share, LEAST_TUNED)
+    batches = tuned_batches(acts, tuning.share)
     return Tuner(tuning, batches, acts.part(batches), fisher, head)
 
 

@@ -59,7 +59,7 @@ class Tuning:
         epochs: passes over the sequences that are not held out.
         learning_rate: of Adam, at the start, relative to the root mean square of each tensor; it falls to 0 along a
             cosine. An epoch that increases the held-out error is undone, and the rate is cut to a quarter.
-        share: of the sequences that are used, see ``chosen_batches``.
+        share: of the sequences that are used, see ``tuned_batches``.
         seed: of the order of the microbatches, with the index of the block.
         batch_size: sequences of a step, over all ranks; more where the model runs larger microbatches only.
         step_rate: learning rate of such a step, relative to ``learning_rate``.

@@ -50,10 +50,15 @@ UNSEEN = -1.0  # the square of a token that was not routed to an expert
 
 def fisher_batches(acts: Activations, share: float) -> list[int]:
     """The batches of this rank that gradients are taken of."""
-    return chosen_batches(acts, share, LEAST_TOKENS)
+    return _chosen_batches(acts, share, LEAST_TOKENS)
 
 
-def chosen_batches(acts: Activations, share: float, least: int) -> list[int]:
+def tuned_batches(acts: Activations, share: float) -> list[int]:
+    """The batches of this rank that blocks are tuned on."""
+    return _chosen_batches(acts, share, LEAST_TUNED)
+
+
+def _chosen_batches(acts: Activations, share: float, least: int) -> list[int]:
     """A share of this rank's batches, with ``least`` tokens over all ranks if there are as many.
 
     They are evenly spread, counted over all ranks; the first one is always among them.
@@ -92,7 +97,7 @@ def fisher_weights(
         seed: of the labels.
         residual: find ``FisherWeights.residual`` too.
         weights: brings blocks to the device; None: they are all in main memory.
-        share: of the sequences that are used, see ``chosen_batches``.
+        share: of the sequences that are used, see ``fisher_batches``.
         progress: called with the fraction of the work that is done.
         coupled: find ``FisherWeights.coupling`` too.
 
