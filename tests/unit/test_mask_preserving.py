@@ -56,13 +56,9 @@ def test_masks_are_freed_with_their_model() -> None:
     model = sparse_llama()
     optima.preserve_masks(model)
     module = weakref.ref(model)
-    model = sparse_llama()
-    optima.preserve_masks(model)
+    del model
     gc.collect()
     assert module() is None
-    before = weights(model)
-    train(model, torch.optim.SGD(model.parameters(), lr=1e-1))
-    check_preserved(before, weights(model))
 
 
 def test_a_plain_loop_leaves_zeros_alone() -> None:
@@ -104,19 +100,10 @@ def test_trainer_callback_from_the_first_step_to_the_last(tmp_path: Path) -> Non
     model = sparse_llama()
     before = weights(model)
     data = [{"input_ids": row, "labels": row} for row in make_tokens(samples=8)]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    options = {"max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "gradient_accumulation_steps": 2}
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
     callback = optima.PreserveMasks()
+    arguments = TrainingArguments(output_dir=str(tmp_path), **options, **quiet)
     Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
     check_preserved(before, weights(model))
     assert callback.masks is None

@@ -29,7 +29,6 @@ from optima.names import kind
 from optima.patterns import NM
 
 Kind = Literal["mlp", "heads"]
-KINDS: tuple[Kind, ...] = ("mlp", "heads")
 Saliency = Callable[[Tensor], Tensor]  # from rotations, (H, W, W), to the saliencies after them, (..., W) or (..., D)
 
 # Linears of an MLP and of an attention, after the name of the module around them.

@@ -65,16 +65,9 @@ def compress(directory: str | Path, output_dir: str | Path | None = None, overwr
 
 
 def restore(directory: str | Path, output_dir: str | Path | None = None, overwrite: bool = False) -> Conversion:
-    """Restore the checkpoint that ``compress`` read, bit for bit.
+    """Restore the checkpoint that ``compress`` read, bit for bit; arguments and errors as there.
 
-    Args:
-        directory: what ``compress`` wrote; it stays as it is.
-        output_dir: the new directory, by default the name of ``directory`` with ``-restored`` appended.
-        overwrite: replace an earlier output.
-
-    Raises:
-        ModelError: if ``directory`` holds no compressed files, or damaged ones, or lacks some, or the output cannot be
-            written.
+    ``directory`` is what ``compress`` wrote; the default name of the new one ends in ``-restored``.
     """
     return _convert(directory, output_dir, overwrite, COMPRESSED, PLAIN, _restore_shard)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,11 @@ from optima.calibration.lm_head import outside_device
 from optima.calibration.store import Store
 from optima.calibration.weights import FisherWeights
 from optima.checkpointing import Destination
-from optima.core.products import all_finite
 from optima.core.shifted import saliency_unit, scaled_weight
 from optima.device import default_torch_settings, evaluating, full_precision, memory_explained
 from optima.distributed import joined
-from optima.errors import ModelError, NumericalError, RecipeError
+from optima.errors import ModelError, RecipeError
 from optima.extras.channels import (
-    KINDS,
     TOLERANCE,
     Channels,
     Kind,
@@ -107,7 +106,6 @@ def permute(
     calibration: Tensor | Iterable[str] | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
-    channels: Collection[Kind] = KINDS,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Permutation:
@@ -125,7 +123,6 @@ def permute(
         calibration: instead of the recipe's dataset: documents, or token ids of shape (samples, length).
         device: auto, cpu, cuda or cuda:N.
         trust_remote_code: run code that comes with the checkpoint.
-        channels: mlp (permuted), heads (rotated), or both.
         overwrite: replace an earlier output.
         progress: print a line per block.
 
@@ -133,8 +130,6 @@ def permute(
         OptimaError: for bad input, or if no channels of the model can be moved. Nothing is left half-written. A model
             in memory may compute something else then: load it anew.
     """
-    if isinstance(channels, str) or not channels or set(channels) - set(KINDS):
-        raise RecipeError(f"channels must be a list of {' and '.join(KINDS)}, got {channels!r}")
     with ExitStack() as stack:
         ranks = stack.enter_context(joined())
         if ranks.size > 1:
@@ -159,7 +154,7 @@ def permute(
         if destination is not None:
             prepare(network, to_save(plan.source, tokenizer, own_tokenizer), plan.source, destination.directory)
         text = add_generated(text, network, own_tokenizer, plan.recipe, plan.device, ranks, shown)
-        search = _Search(plan, network, weights, shown, frozenset(channels), make_store(destination, ranks))
+        search = _Search(plan, network, weights, shown, make_store(destination, ranks))
         with evaluating(network):
             search.run(text.batches(plan.batch_size))
         notes = tuple(dict.fromkeys((*weights.notes, *text.notes, *search.notes)))
@@ -178,7 +173,6 @@ class _Search:
     network: PreTrainedModel
     weights: Weights
     progress: Callbacks
-    kinds: frozenset[Kind]
     store: Store
     moved: list[Moved] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -191,14 +185,12 @@ class _Search:
         for block in (block for stack in stacks for block in stack.blocks):
             _check_dense(block)
         self.place = outside_device(self.network, self.plan.device, batches)
-        before, name = self._outputs(batches[0]), type(self.network).__name__
-        if not all_finite(before):
-            raise NumericalError(f"{name} computes NaN or Inf on the calibration text: repair the checkpoint")
+        before = self._outputs(batches[0])
         for stack in stacks:
             self._move_stack(stack, batches)
             change = float((self._outputs(batches[0]) - before).norm() / before.norm())
             if not change <= max(ROUNDINGS * torch.finfo(self.network.dtype).eps, DEEP):
-                raise ModelError(f"with its channels permuted, {name} computes something else: try --channels mlp")
+                raise ModelError(f"{type(self.network).__name__} would compute something else with permuted channels")
 
     @torch.no_grad()
     def _outputs(self, batch: Batch) -> Tensor:
@@ -223,14 +215,14 @@ class _Search:
             with self.weights.on(block, plan.device, run.clock):
                 self.linears = {linear.name: linear for linear in linears_of(block.module, block.name)}
                 found = self._movable(block, acts)
-                saliencies, parts = self._measured(block, found, acts, fisher, run)
+                saliencies = self._saliencies(block, found, acts, fisher, run)
                 for each in found:
-                    if each.kind == "heads" and each.name in parts:
-                        self._rotate(each, parts[each.name])
-                    elif each.kind == "mlp" and each.name in saliencies:
-                        self._permute(each, saliencies[each.name])
-                    else:
+                    if not (own := saliencies[each.name]):
                         self.notes.append(f"{each.name}: no calibration token reached it: its channels stay")
+                    elif each.kind == "heads":
+                        self._rotate(each, own)
+                    else:
+                        self._permute(each, *own[0])
             self.progress.block(block.name)
         self.notes += run.notes
 
@@ -241,10 +233,15 @@ class _Search:
         for layouts in find_channels(block, num_heads if isinstance(num_heads, int) else None):
             first = layouts[0][0]
             deciding = first.linears if first.kind == "heads" else {first.reader}
-            if first.kind not in self.kinds or not deciding & self.patterns.keys():
+            if not deciding & self.patterns.keys():
                 continue
-            reason = self._why_not(first, block, acts)
-            if not reason:
+            shared = {f"{name}.weight".removeprefix(f"{block.name}.") for name in first.linears} & block.common
+            pattern, width = self.patterns.get(first.reader), first.read_HCW.shape[-1]
+            if shared or (first.kind == "heads" and acts.probe.shared_states):
+                reason = "other blocks use them too"
+            elif pattern is not None and width % pattern.m:
+                reason = f"{width} of them make no groups of {pattern}"
+            else:
                 errors = [difference(block, layout, acts) for layout in layouts]
                 if min(errors) <= TOLERANCE:
                     found += layouts[errors.index(min(errors))]
@@ -253,39 +250,34 @@ class _Search:
             self.notes.append(f"{first.name}: its {first.kind} channels stay as they are: {reason}")
         return found
 
-    def _why_not(self, channels: Channels, block: Block, acts: Activations) -> str:
-        shared = {f"{name}.weight".removeprefix(f"{block.name}.") for name in channels.linears} & block.common
-        if shared or (channels.kind == "heads" and acts.probe.shared_states):
-            return "other blocks use them too"
-        pattern, width = self.patterns.get(channels.reader), channels.read_HCW.shape[-1]
-        return f"{width} of them make no groups of {pattern}" if pattern is not None and width % pattern.m else ""
-
-    def _measured(
+    def _saliencies(
         self, block: Block, found: Sequence[Channels], acts: Activations, fisher: FisherWeights | None, run: RunState
-    ) -> tuple[dict[str, Tensor], dict[str, list[tuple[Saliency, NM]]]]:
-        """The saliencies of readers, (O, D), and those of value heads, by channels; ``acts`` become outputs."""
+    ) -> dict[str, list[tuple[Any, NM]]]:
+        """By the name of channels: of an MLP, the saliencies of the reader, (O, D); of heads, functions of a rotation.
+
+        ``acts`` become the block's outputs.
+        """
         by_linear = {name: each for each in found for name in each.linears & self.patterns.keys()}
-        saliencies: dict[str, Tensor] = {}
-        parts: defaultdict[str, list[tuple[Saliency, NM]]] = defaultdict(list)
+        saliencies: defaultdict[str, list[tuple[Any, NM]]] = defaultdict(list)
         for group in collect_hessians(block, acts, fisher, run, run.clock, onward=True):
             if (statistics := group.statistics) is None:
                 continue
             for linear in (linear for linear in group.linears if linear.name in by_linear):
                 name, channels, hessian = linear.name, by_linear[linear.name], statistics.hessian
                 weight_OD = linear.read().to(self.plan.device, torch.float32)
-                row_O = None if fisher is None else fisher.rows.get(name)
-                reads = name == channels.reader
+                row_O, reads = None if fisher is None else fisher.rows.get(name), name == channels.reader
+                saliency: Any
                 if channels.kind == "heads":
-                    make = reader_saliency if reads else writer_saliency
-                    parts[channels.name].append((make(channels, weight_OD, hessian, row_O), self.patterns[name]))
+                    saliency = (reader_saliency if reads else writer_saliency)(channels, weight_OD, hessian, row_O)
                 elif reads:
-                    saliency_OD = scaled_weight(weight_OD, hessian, saliency_unit(hessian)).square()
-                    scale = 1.0 if row_O is None else row_O[:, None].to(saliency_OD)
-                    saliencies[channels.name] = saliency_OD * scale
-        return saliencies, parts
+                    saliency = scaled_weight(weight_OD, hessian, saliency_unit(hessian)).square()
+                    saliency *= 1.0 if row_O is None else row_O[:, None].to(saliency)
+                else:
+                    continue
+                saliencies[channels.name].append((saliency, self.patterns[name]))
+        return saliencies
 
-    def _permute(self, channels: Channels, saliency_OD: Tensor) -> None:
-        pattern = self.patterns[channels.reader]
+    def _permute(self, channels: Channels, saliency_OD: Tensor, pattern: NM) -> None:
         order_D = best_order(saliency_OD, pattern, self.generator)
         before, after = lost(saliency_OD, pattern), lost(saliency_OD[:, order_D.to(saliency_OD.device)], pattern)
         move(channels, self.linears, order_D[None])
