@@ -22,7 +22,6 @@ from optima.data.text import calibration_tokens, special_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError
 from optima.main_memory import available_memory, total_memory
-from optima.models.inputs import Batch
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callbacks
 
@@ -32,7 +31,7 @@ MOST_UNEVEN = 1.25  # the largest part of the sequences that a rank takes, relat
 
 
 def load_calibration(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, calibration: Tensor | Calibration | Iterable[Any] | None
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, calibration: Tensor | Iterable[Any] | None
 ) -> Calibration:
     """The caller's calibration data, or that of the resolved recipe's datasets, without what the model generates.
 
@@ -41,8 +40,6 @@ def load_calibration(
     """
     if isinstance(calibration, Tensor):
         return Calibration(calibration.cpu().long())
-    if isinstance(calibration, Calibration):
-        return calibration
     if tokenizer is None:
         raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids as a tensor")
     documents = load_documents(recipe.dataset, tokenizer, seed=recipe.seed) if calibration is None else calibration
@@ -68,7 +65,7 @@ def add_generated(
 ) -> Calibration:
     """``text``, and the sequences that the model generates, if the recipe asks for them."""
     count, tokens_NL = _num_generated(recipe), text.tokens_NL
-    if not count or tokens_NL is None or tokenizer is None:
+    if not count or tokenizer is None:
         return text
     progress.stage("generate", count)
     generated_NL = generate_tokens(
@@ -86,16 +83,14 @@ def add_generated(
     return replace(text, tokens_NL=torch.cat([tokens_NL, generated_NL]), notes=(*text.notes, note))
 
 
-def batches_of_rank(text: Calibration, batch_size: int, ranks: Ranks) -> tuple[Sequence[Batch], bool]:
+def batches_of_rank(text: Calibration, batch_size: int, ranks: Ranks) -> tuple[Sequence[Tensor], bool]:
     """The batches of this process, and whether they are those of one process that has them all.
 
     They are, unless that leaves too much to one of them.
     """
-    tokens_NL, batches = text.tokens_NL, text.batches(batch_size)
-    count = len(batches) if tokens_NL is None else len(tokens_NL)
+    tokens_NL, count = text.tokens_NL, len(text.tokens_NL)
+    batches = tokens_NL.split(min(batch_size, count))
     ranks.check_sequences(count)
-    if tokens_NL is None:
-        return batches[ranks.part(count)], True
     most, fair = -(-len(batches) // ranks.size) * batch_size, -(-count // ranks.size)
     if len(batches) >= ranks.size and most <= MOST_UNEVEN * fair:
         return batches[ranks.part(len(batches))], True

@@ -22,7 +22,7 @@ from optima.calibration.correlation import coupling_bytes
 from optima.core import make_solver
 from optima.core.problem import BUDGET_BYTES
 from optima.core.shifted import MOST_EIGENVALUES
-from optima.data.batches import Calibration, read_calibration
+from optima.data.batches import read_calibration
 from optima.data.generate import can_continue
 from optima.device import card_memory, is_there, named_device
 from optima.distributed import Ranks
@@ -188,23 +188,17 @@ def resolve(
         fallback = {name: replace(p, scope=scope) for name, p in patterns.items() if isinstance(p, Unstructured)}
     _check_changeable(model, linears, recipe)
     inputs = len(stacks) * max(linear.shape[1] for linear in linears)
-    data: Any = read_calibration(
-        model, calibration, lambda length: asked.replace(max_seq_length=length).samples(inputs)
-    )
+    data = read_calibration(calibration, lambda length: asked.replace(max_seq_length=length).samples(inputs))
     dtype = model.dtype if source is None else dtype_as_read(model.config, recipe.dtype)
     reason = _why_not_generated(model, recipe, dtype, device, data is not None) if recipe.self_generated else ""
     if reason:
         recipe, reason = recipe.replace(self_generated=0.0), f"no calibration data is self-generated: {reason}"
-    if isinstance(data, Calibration):
-        sizes = {"num_calibration_samples": data.size[0], "batch_size": data.largest}
-        recipe = recipe.replace(**sizes, max_seq_length=data.longest or recipe.max_seq_length)
-    else:
-        if isinstance(data, Tensor):
-            recipe = recipe.replace(num_calibration_samples=len(data), max_seq_length=data.shape[1])
-        check_length(model, recipe.max_seq_length)
-        fits = max(CPU_TOKENS // recipe.max_seq_length, 1) if device.type == "cpu" else BATCH_SIZE
-        recipe = recipe.replace(batch_size=recipe.batch_size or fits)
-        recipe = recipe.replace(num_calibration_samples=recipe.samples(inputs))
+    if isinstance(data, Tensor):
+        recipe = recipe.replace(num_calibration_samples=len(data), max_seq_length=data.shape[1])
+    check_length(model, recipe.max_seq_length)
+    fits = max(CPU_TOKENS // recipe.max_seq_length, 1) if device.type == "cpu" else BATCH_SIZE
+    recipe = recipe.replace(batch_size=recipe.batch_size or fits)
+    recipe = recipe.replace(num_calibration_samples=recipe.samples(inputs))
     notes = tuple(filter(None, [*dense_notes(model, stacks), *_unmatched(recipe, stacks), reason]))
     return Plan(
         *(model, source, recipe, methods, tuple(stacks), patterns, fallback, dtype, device, data, scope_named, notes)

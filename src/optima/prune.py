@@ -24,7 +24,6 @@ from optima.distributed import ALONE
 from optima.errors import NotDifferentiableError
 from optima.linear import prune_linear
 from optima.models.blocks import Block, Linear, Stack, is_expert
-from optima.models.inputs import Batch
 from optima.patterns import Pattern
 from optima.recipe import EXPERT_TOKENS, FISHER_FRACTION, SINK_WEIGHT
 from optima.reporting.record import BlockRecord, LinearRecord
@@ -40,7 +39,7 @@ UNCALLED = "its module was never called, which does not mean that the model does
 def prune_model(
     model: PreTrainedModel,
     stacks: Sequence[Stack],
-    batches: Sequence[Batch],
+    batches: Sequence[Tensor],
     patterns: Mapping[str, Pattern],
     run: RunState,
 ) -> dict[str, Pattern]:
@@ -50,7 +49,7 @@ def prune_model(
     with evaluating(model):
         for stack in needed:
             # A decoder reads what the pruned encoder made.
-            with run.clock("forward"), run.weights.outside(outside_device(model, run.device, batches)):
+            with run.clock("forward"), run.weights.outside(outside_device(model, run.device)):
                 acts = capture(model, stack, batches, by_loss, run.ranks, run.store, run.batch_size)
             fisher, head = find_fisher_weights(model, stack, acts, run) if by_loss else (None, None)
             if fisher is None:

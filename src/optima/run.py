@@ -33,6 +33,7 @@ from optima.files import stamps
 from optima.inputs import add_generated, batches_of_rank, load_calibration, make_store
 from optima.models.auxiliary import copies_tokenizer, to_save
 from optima.models.fingerprint import hash_tensors
+from optima.models.inspect import check_vocabulary
 from optima.models.load import load_tokenizer, weights_of
 from optima.models.masks import MaskFiles
 from optima.models.save import open_writer, prepare
@@ -81,8 +82,7 @@ def prune(
         tokenizer: for a model in memory; a path brings its own.
         calibration: instead of the recipe's dataset: documents; token ids of shape (samples, length); or batches of
             token ids, such as a ``DataLoader`` yields: tensors (batch, length), or dicts with them as ``input_ids``.
-            At most ``recipe.num_calibration_samples`` sequences of documents and batches are used. Other dicts, as the
-            processor of a vision-language model returns them, are arguments of the forward pass, and all are used.
+            At most ``recipe.num_calibration_samples`` sequences of documents and batches are used.
         device: auto, cpu, cuda or cuda:N.
         trust_remote_code: run code that comes with the checkpoint, or that the recipe's selector names.
         callbacks: called for each linear and block, see ``optima.Callback``.
@@ -121,7 +121,7 @@ def prune(
             display = make_progress() if progress and ranks.first else Progress()
             display.reading(None if plan.source is None else plan.source.name)
             text = ranks.on_rank0(lambda: load_calibration(plan.recipe, own_tokenizer, plan.calibration))
-            text.check(plan.model)
+            check_vocabulary(plan.model, text.tokens_NL)
             network, weights = load_weights(plan)
             run = RunState(plan.recipe, plan.methods, plan.device, plan.fallback, weights=weights, ranks=ranks)
             run.note(*plan.notes, *weights.notes, *_notes(plan, network))
@@ -259,7 +259,7 @@ def _report(
         versions=library_versions(),
         seed=plan.recipe.seed,
         data_hash=text.hash,
-        num_tokens=text.num_tokens,
+        num_tokens=text.tokens_NL.numel(),
         dataset_revision=text.revision,
         calibration_given=plan.calibration is not None,
         selector_is_object=not isinstance(plan.recipe.selector, str),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, REFUSED, VOCAB, build, make_ids
+from families import FAMILIES, REFUSED, build, make_ids
 from tiny import load_weights
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from optima import Recipe, prune
 from optima.calibration.activations import capture
 from optima.errors import CalibrationError, ModelError
 from optima.models.blocks import Linear, find_stacks, select_linears
-from optima.models.inputs import Batch, arguments
+from optima.models.inputs import arguments
 from optima.models.inspect import head_of
 from optima.models.load import find_source
 from optima.names import kind
@@ -26,7 +26,7 @@ from optima.reporting.record import Report
 UNREACHED = ("dt_proj",)  # Mamba reads its weight without calling it
 
 
-def outputs(model: nn.Module, batch: Batch | None = None) -> Tensor:
+def outputs(model: nn.Module, batch: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         result = model(**arguments(model, make_ids(2, 16) if batch is None else batch))
     return result.logits if "logits" in result else result.last_hidden_state
@@ -144,23 +144,6 @@ def test_weights_that_blocks_share_stay_as_they_are() -> None:
     assert any("shared_transformer.self_attn.q_proj (2 places)" in note for note in report.run.notes)
 
 
-def test_audio_with_tokens(tmp_path: Path) -> None:
-    model = build("whisper")
-    torch.manual_seed(1)
-    batches = [{"input_features": torch.randn(2, 8, 24), "decoder_input_ids": make_ids(2, 7)} for _ in range(4)]
-    report = prune(model, Recipe(pattern=["2:4"], tuning_epochs=1), output_dir=tmp_path / "out", calibration=batches)
-    linears = linears_to_prune(model)
-    assert {record.name for record in report.linears} == set(linears)
-    assert report.run.num_tokens == 4 * 2 * 7
-    for linear in linears.values():
-        check_counts(linear.read() == 0, "2:4")
-    check_everything_is_named(model, report)
-    reloaded = type(model).from_pretrained(tmp_path / "out").eval()
-    assert torch.equal(outputs(reloaded, batches[0]), outputs(model, batches[0]))
-    half = prune(build("whisper").bfloat16(), Recipe(pattern=["2:4"], objective="sink"), calibration=batches)
-    assert half.run.dtype == "bfloat16", "features are cast to the dtype of the model"
-
-
 def test_a_weight_that_is_read_without_a_call_stays_dense() -> None:
     model = build("mamba")
     before = model.backbone.layers[0].mixer.dt_proj.weight.clone()
@@ -178,52 +161,6 @@ def test_a_decoder_is_calibrated_on_the_pruned_encoder() -> None:
     cross = "decoder.block.1.layer.1.EncDecAttention.k"
     assert not torch.equal(linears_to_prune(whole)[cross].read(), linears_to_prune(decoder)[cross].read())
     assert not (linears_to_prune(decoder)["encoder.block.0.layer.0.SelfAttention.q"].read() == 0).any()
-
-
-def pairs(**more: Tensor) -> list[dict[str, Tensor]]:
-    """What a collator of pairs of texts returns."""
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} | more for ids in make_ids(4, 8).split(2)]
-
-
-@pytest.mark.parametrize("sliced", [False, True])
-def test_a_decoder_reads_the_shifted_labels(sliced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if sliced:  # the LM head computes three tokens at a time
-        monkeypatch.setattr("optima.calibration.lm_head.LOGITS_BYTES", 4 * VOCAB * 3)
-    family = "t5gemma" if sliced else "t5"
-    model, named = build(family), build(family)
-    labels = make_ids(2, 10)
-    report = prune(model, Recipe(), calibration=pairs(labels=labels))
-    shifted = model.prepare_decoder_input_ids_from_labels(labels)
-    prune(named, Recipe(), calibration=pairs(decoder_input_ids=shifted))
-    assert report.run.num_tokens == 2 * 2 * 10
-    assert report.run.recipe["max_seq_length"] == 10
-    assert not any("objective" in note for note in report.run.notes)
-    assert_same(model, named)
-
-
-@pytest.mark.parametrize(
-    ("family", "calibration", "message"),
-    [
-        ("whisper", [{"input_features": [1.0]}], "input_features is a list, not a tensor"),
-        ("whisper", [{"sounds": torch.ones(2, 3)}], "batch 0 has sounds"),
-        ("whisper", [{"input_features": torch.ones(1, 8, 23)}], "WhisperForConditionalGeneration"),
-        ("whisper", [{"text": "a record"}], "holds text, but no input_ids"),
-        ("t5", pairs(labels=torch.tensor([0, 1])), r"labels of shape \(2,\)"),
-        ("t5", pairs(labels=torch.full((2, 10), -100)), "padded"),
-        ("t5", pairs(labels=make_ids(2, 10), decoder_attention_mask=make_ids(2, 10) > 50), "padded"),
-        ("t5", [{"input_ids": make_ids(2, 8), "labels": [[1, 2]]}], "labels is a list, not a tensor"),
-    ],
-)
-def test_batches_that_do_not_fit(family: str, calibration: list[dict[str, Tensor]], message: str) -> None:
-    with pytest.raises((CalibrationError, ModelError), match=message):
-        prune(build(family), Recipe(), calibration=calibration)
-
-
-def test_as_many_pairs_are_used_as_asked_for() -> None:
-    pairs = [{"input_ids": make_ids(4, 16), "labels": make_ids(4, 12)} for _ in range(3)]
-    report = prune(build("t5"), Recipe(num_calibration_samples=5, objective="sink"), calibration=pairs)
-    assert report.run.recipe["num_calibration_samples"] == 5
-    assert report.run.num_tokens == 5 * 12
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])

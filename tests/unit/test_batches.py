@@ -16,7 +16,6 @@ from optima.errors import CalibrationError
 from optima.models.inputs import arguments
 
 TOKENS = make_tokens()
-MODEL = make_llama()
 TEXTS = ["one", "two", "three"]
 FORMS = {
     "tensor": TOKENS,
@@ -36,21 +35,21 @@ def at_most(count: int) -> Callable[[int], int]:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_tokens(form: Any) -> None:
-    assert torch.equal(read_calibration(MODEL, form, at_most(5)), TOKENS)
+    assert torch.equal(read_calibration(form, at_most(5)), TOKENS)
 
 
 @pytest.mark.parametrize(
     "form", [TEXTS, iter(TEXTS), DataLoader(TEXTS, batch_size=2)], ids=["list", "iterator", "loader"]
 )
 def test_texts(form: Any) -> None:
-    assert list(read_calibration(MODEL, form, at_most(1))) == TEXTS
+    assert list(read_calibration(form, at_most(1))) == TEXTS
 
 
 @pytest.mark.parametrize("other", ["text", 7], ids=str)
 def test_what_is_no_calibration_data(other: Any) -> None:
     with pytest.raises(CalibrationError, match="must be token ids, a list of documents or batches"):
-        read_calibration(MODEL, other, at_most(5))
-    assert read_calibration(MODEL, None, at_most(5)) is None
+        read_calibration(other, at_most(5))
+    assert read_calibration(None, at_most(5)) is None
 
 
 @pytest.mark.parametrize(
@@ -58,9 +57,9 @@ def test_what_is_no_calibration_data(other: Any) -> None:
     [
         ([torch.ones(2, 16).long(), torch.ones(2, 15).long()], "differ in length, 16 and 15"),
         ([{"input_ids": TOKENS, "attention_mask": torch.eye(5, 16)}], "is padded"),
-        ([{"text": "a"}], r"holds text, but no input_ids.*dataset\['text'\]"),
+        ([{"text": "a"}], r"holds text.*dataset\['text'\]"),
         ([{}], "holds nothing"),
-        (iter([{"input_ids": TOKENS, "pixel_values": torch.ones(5, 3, 8, 8)}]), "pixel_values must be a list"),
+        ([{"input_ids": TOKENS, "pixel_values": torch.ones(5, 3, 8, 8)}], "pixel_values"),
         ([torch.ones(2, 16)], "whole numbers of shape"),
         (TOKENS[:0], r"calibration must be token ids, .* got \(0, 16\)"),
         ([{"input_ids": [[1, 2], [3]]}], "are no tensor .*pack the text"),
@@ -70,7 +69,7 @@ def test_what_is_no_calibration_data(other: Any) -> None:
 )
 def test_what_does_not_fit_is_refused(calibration: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
-        read_calibration(MODEL, calibration, at_most(5))
+        read_calibration(calibration, at_most(5))
 
 
 def test_a_decoder_begins_with_the_token_that_starts_it() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, build, fisher_of, make_ids, stack_of
 from layers import layer_of, make_layer
-from tiny import VOCAB, NoBackward, make_bert, make_llama, make_tokens
+from tiny import NoBackward, make_bert, make_llama, make_tokens
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -167,24 +167,6 @@ def test_a_part_of_the_sequences_stands_for_all(make: Callable[[], nn.Module], m
             expected_NL = used_T.reshape(4, 16).mean(dim=0).expand(2, 16)
             assert torch.allclose(part.tokens[name][batch].reshape(2, 16), expected_NL, rtol=1e-3, atol=1e-12)
     assert part.rows.keys() == whole.rows.keys()
-
-
-def test_a_vision_tower_does_not_run_for_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("gemma3_vision")
-    ids = make_ids(2, 12).clamp_max(90)
-    ids[:, 2:6] = model.config.image_token_index
-    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "pixel_values": images, "token_type_ids": (ids == 99).long()}
-    stack, calls = stack_of(model), list[int]()
-    acts = capture(model, stack, [batch], whole=True)
-    (patches,) = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    patches.register_forward_hook(lambda *given: calls.append(1))
-    whole = fisher_weights(model, stack, acts, seed=0)
-    monkeypatch.setattr("optima.calibration.lm_head.LOGITS_BYTES", 4 * VOCAB * 2 * 3)  # a few positions at a time
-    sliced = fisher_weights(model, stack, acts, seed=0)
-    assert not calls
-    for name, row_O in whole.rows.items():
-        torch.testing.assert_close(sliced.rows[name], row_O, rtol=1e-4, atol=1e-9)
 
 
 def test_a_run_passes_the_weights_of_rows_to_the_selector() -> None:

@@ -29,7 +29,7 @@ from optima.device import forward_replaced, full_precision, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.blocks import Block, Linear, Stack
-from optima.models.inputs import Batch, divisible, forward, some_of, stack_size
+from optima.models.inputs import forward, stack_size
 from optima.models.inspect import is_encoder_decoder
 from optima.names import kind
 
@@ -81,7 +81,7 @@ class Activations:
         sizes: (B, L) of each batch.
         hidden: each batch's hidden states, on the CPU, in the model's dtype; usually (B, L, E).
         arguments: ``arguments[block][batch]``, of the blocks that are needed; equal tensors are stored once.
-        batches: what the model reads.
+        batches: token ids, (B, L) each.
         store: keeps tensors; copies and parts share it.
         ranks: the processes that sequences are split over: these are the ones of this process.
         batch_size: where blocks run, and how many sequences together; copies and parts share it.
@@ -92,7 +92,7 @@ class Activations:
     sizes: list[tuple[int, int]]
     hidden: list[Tensor]
     arguments: list[list[Arguments]]
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[Tensor] = field(default_factory=list)
     store: Store = field(default_factory=Store)
     ranks: Ranks = ALONE
     batch_size: BatchSize = field(default_factory=BatchSize)
@@ -253,7 +253,7 @@ class _AllCaptured(Exception):  # noqa: N818 - not an error
 def capture(
     model: nn.Module,
     stack: Stack,
-    batches: Sequence[Batch],
+    batches: Sequence[Tensor],
     whole: bool = False,
     ranks: Ranks = ALONE,
     store: Store | None = None,
@@ -266,7 +266,7 @@ def capture(
     Args:
         model: the whole model, in evaluation mode.
         stack: one of its stacks; blocks after the last linear to prune are left out, unless it is ``whole``.
-        batches: token ids, (B, L) int64 each, or a processor's outputs, of this rank.
+        batches: token ids, (B, L) int64 each, of this rank.
         whole: see there.
         ranks: the processes that share the sequences.
         store: keeps the hidden states; None: in main memory.
@@ -277,7 +277,8 @@ def capture(
     """
     keep_freed_memory()
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
-    sample = ranks.on_rank0(lambda: _probe_batch(model, batches[0]))  # all ranks must find the same groups
+    length = PROBE_LENGTH * (1 + is_encoder_decoder(model))
+    sample = ranks.on_rank0(lambda: batches[0][:1, :length])  # all ranks must find the same groups
     probe = _probe(model, stack, sample)
     home = BatchSize(next(model.parameters()).device)
     trial = Activations(probe, [], [], [[] for _ in blocks], batch_size=home)
@@ -297,7 +298,7 @@ def capture(
         divisible=probe.batch_first and set(rows) <= {1, trial.sizes[0][0]},
     )
     if not probe.divisible:
-        batches = [one for batch in batches for one in (batch.split(1) if isinstance(batch, Tensor) else [batch])]
+        batches = [one for batch in batches for one in batch.split(1)]
     acts = Activations(
         probe, [], [], [[] for _ in blocks], store=store or Store(), ranks=ranks, batch_size=batch_size or BatchSize()
     )
@@ -305,28 +306,19 @@ def capture(
     return acts.counted()
 
 
-def _probe_batch(model: nn.Module, batch: Batch) -> Batch:
-    """Enough of a batch for a probe: a few tokens, or a sample of a processor's outputs."""
-    if isinstance(batch, Tensor):
-        return batch[:1, : PROBE_LENGTH * (1 + is_encoder_decoder(model))]
-    samples = len(next(iter(batch.values())))
-    return some_of(batch, slice(0, 1), samples) if divisible(batch, samples) else batch
-
-
-def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch], acts: Activations) -> None:
+def _record(model: nn.Module, stack: Stack, batches: Sequence[Tensor], acts: Activations) -> None:
     """Run the model's forward pass, with the first blocks, as many as ``acts`` have, replaced by recorders."""
     blocks = stack.blocks[: len(acts.arguments)]
 
-    def record(batch: Batch, samples: int, rows: slice) -> None:
-        batch, done = some_of(batch, rows, samples), len(acts.sizes)
+    def record(batch: Tensor, rows: slice) -> None:
+        batch, done = batch[rows], len(acts.sizes)
         del acts.hidden[done:]  # of a pass that ran out of memory
         for own in acts.arguments:
             del own[done:]
         try:
             forward(model, batch)
         except _AllCaptured:
-            count, length = stack_size(model, stack.part, batch)
-            acts.sizes.append((count, length or acts.hidden[-1].shape[1]))
+            acts.sizes.append(stack_size(model, stack.part, batch))
             acts.batches.append(batch)
             return
         raise ModelError(f"{type(model).__name__} finished its forward pass without calling its last block")
@@ -349,8 +341,7 @@ def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch], acts: Acti
             recorder = partial(called, block, block.module.forward)
             replaced.enter_context(forward_replaced(block.module, recorder))
         for batch in batches:
-            samples = stack_size(model, stack.part, batch)[0]
-            acts.batch_size.map(samples, partial(record, batch, samples), divisible(batch, samples))
+            acts.batch_size.map(len(batch), partial(record, batch))
 
 
 def _shared(value: Any, earlier: Any, keep: Callable[[Tensor], Tensor]) -> Any:
@@ -373,7 +364,7 @@ def _identity(tensor: Tensor) -> object:
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), version)
 
 
-def _probe(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
+def _probe(model: nn.Module, stack: Stack, batch: Tensor) -> Probe:
     """Run the whole model once on a small batch.
 
     Raises:
@@ -414,23 +405,21 @@ def _probe(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
             hooks.enter_context(block.linearized())
             for linear in block.linears:
                 hooks.callback(linear.observe(partial(see, linear)).remove)
-        forward(model, batch.clone() if isinstance(batch, Tensor) else batch)
+        forward(model, batch.clone())
     names = [block.name for block in stack.blocks]
     if called != list(range(len(names))):
         skipped = ", ".join(name for index, name in enumerate(names) if index not in called)
         raise ModelError(
             f"{type(model).__name__} does not call each of {names[0]} .. {names[-1]} exactly once, in order, in a "
-            f"forward pass (not called: {skipped or 'none'}). If some of them read images or sounds, give prune(..., "
-            "calibration=...) batches of a processor's outputs. Shared blocks cannot be pruned"
+            f"forward pass over text (not called: {skipped or 'none'}). Such blocks cannot be pruned"
         )
     samples, length = stack_size(model, stack.part, batch)
     hidden = hidden_of(outputs[0])
     counts = tuple(hidden.shape[:-1]) if isinstance(hidden, Tensor) else ()
-    length = counts[1] if length is None and len(counts) == 2 else length
     batch_first = counts[:2] == (samples, length)
     if not batch_first and counts != (length, samples) and counts[1:] != (samples, length):
         raise ModelError(f"the blocks of {type(model).__name__} return {counts}, not hidden states of {length} tokens")
     linears = [linear.name for block in stack.blocks for linear in block.linears]
-    routed = {kind(name) for name in linears if tokens[name] != samples * (length or 0)}
+    routed = {kind(name) for name in linears if tokens[name] != samples * length}
     unordered = frozenset(name for name in linears if kind(name) in routed)
     return Probe(groups, outputs, batch_first, batch_first, passed_on or shared_states, shared_states, unordered)

@@ -26,7 +26,7 @@ from optima.calibration.activations import Activations, Microbatch, with_hidden
 from optima.device import backward_explained, card_memory, differentiable, forward_replaced, once
 from optima.errors import NotDifferentiableError
 from optima.models.blocks import Block, Stack, count_outside, find_stacks
-from optima.models.inputs import Batch, divisible, forward, head_inputs, rows_of, some_of
+from optima.models.inputs import forward, rows_of
 from optima.models.inspect import head_of, is_encoder_decoder
 from optima.models.offload import MAIN, Weights
 
@@ -52,24 +52,23 @@ def positions_of_slices(model: nn.Module, at_L: Tensor, samples: int) -> Sequenc
     return slices
 
 
-def outside_device(model: PreTrainedModel, device: torch.device, batches: Sequence[Batch] = ()) -> torch.device:
+def outside_device(model: PreTrainedModel, device: torch.device) -> torch.device:
     """Where what is outside the blocks runs, if these run on ``device``; see ``Weights.outside``.
 
-    There, unless it would take more than half of the card, or ``batches`` hold more than tokens: vision towers are
-    large. It is the same on all ranks, and for a run that is resumed.
+    There, unless it would take more than half of the card. It is the same on all ranks, and for a run that is resumed.
     """
     first = next(model.parameters())
     blocks = [block for stack in find_stacks(model) for block in stack.blocks]
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     home = device.type in ("cpu", first.device.type) or id(first) in inside  # inputs go to the first parameter
-    if home or not all(isinstance(batch, Tensor) for batch in batches):
+    if home:
         return MAIN
     outside = count_outside(model, blocks) * model.dtype.itemsize
     return device if 2 * outside <= card_memory(device) else MAIN
 
 
 def _sliced_head(
-    model: PreTrainedModel, stack: Stack, acts: Activations, hidden: Tensor, batch: Batch, at_L: Tensor, samples: int
+    model: PreTrainedModel, stack: Stack, acts: Activations, hidden: Tensor, batch: Tensor, at_L: Tensor, samples: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Positions (C,), and the logits (T, V) there of ``hidden``, a slice at a time; no block runs.
 
@@ -110,15 +109,12 @@ def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: 
     """
     home, inputs = next(model.parameters()).device, acts.batches[batch]
     samples, length = drawn_BL.shape
-    if stack.part == "whole":  # no vision tower runs, nor are labels compared to a slice
-        inputs = head_inputs(model, inputs)
-    splits = divisible(inputs, samples) and acts.probe.divisible
-    most = 1 if stack.part == "encoder" and splits else samples  # autograd keeps a whole decoder of each sample
+    # Of an encoder, autograd keeps a whole decoder of each sample.
+    most = 1 if stack.part == "encoder" and acts.probe.divisible else samples
 
     def backward(rows: slice) -> Tensor:
-        part = some_of(inputs, rows, samples)
         leaf = rows_of(acts.hidden[batch], rows, samples).to(home, copy=True).requires_grad_(True)
-        for at_C, logits_TV in _sliced_head(model, stack, acts, leaf, part, torch.arange(length), most):
+        for at_C, logits_TV in _sliced_head(model, stack, acts, leaf, inputs[rows], torch.arange(length), most):
             if not logits_TV.requires_grad:
                 raise NotDifferentiableError("its logits do not depend on its last block by a gradient")
             gradient_TV = label_gradient(logits_TV.detach(), drawn_BL[rows][:, at_C].flatten().to(home))
@@ -127,7 +123,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: 
         assert leaf.grad is not None
         return leaf.grad.cpu()
 
-    parts = acts.batch_size.map(samples, backward, splits, most)
+    parts = acts.batch_size.map(samples, backward, acts.probe.divisible, most)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -226,11 +222,11 @@ class LogitsError:
             microbatch: whose they are.
             epoch: of the tuning.
         """
-        home, fixed, (batch, rows, samples) = next(self.model.parameters()).device, found.detach(), microbatch
+        home, fixed, (batch, rows, _) = next(self.model.parameters()).device, found.detach(), microbatch
         leaf, target = fixed.to(home, copy=True).requires_grad_(found.requires_grad), target.to(home)
         total, tokens = torch.zeros((), dtype=torch.float64, device=home), 0
         gradient = torch.zeros_like(fixed, dtype=torch.float32)
-        part = some_of(head_inputs(self.model, self.acts.batches[batch]), rows, samples)
+        part = self.acts.batches[batch][rows]
         length = self.acts.sizes[batch][1]
         stride = -(-length // POSITIONS)
         at_L = torch.arange(epoch % stride, length, stride)

@@ -41,7 +41,8 @@ from optima.extras.channels import (
 from optima.inputs import add_generated, load_calibration, make_store
 from optima.models.auxiliary import to_save
 from optima.models.blocks import Block, Stack, linears_of
-from optima.models.inputs import Batch, forward
+from optima.models.inputs import forward
+from optima.models.inspect import check_vocabulary
 from optima.models.load import load_tokenizer
 from optima.models.offload import Weights
 from optima.models.save import open_writer, prepare
@@ -149,14 +150,14 @@ def permute(
         own_tokenizer = load_tokenizer(plan.source) if plan.source is not None and tokenizer is None else tokenizer
         shown = stack.enter_context(Callbacks([make_progress() if progress else Progress()]))
         text = load_calibration(plan.recipe, own_tokenizer, plan.calibration)
-        text.check(plan.model)
+        check_vocabulary(plan.model, text.tokens_NL)
         network, weights = load_weights(plan, "its channels are permuted")
         if destination is not None:
             prepare(network, to_save(plan.source, tokenizer, own_tokenizer), plan.source, destination.directory)
         text = add_generated(text, network, own_tokenizer, plan.recipe, plan.device, ranks, shown)
         search = _Search(plan, network, weights, shown, make_store(destination, ranks))
         with evaluating(network):
-            search.run(text.batches(plan.batch_size))
+            search.run(text.tokens_NL.split(plan.batch_size))
         notes = tuple(dict.fromkeys((*weights.notes, *text.notes, *search.notes)))
         if not search.moved:
             raise ModelError(f"no channels can be permuted or rotated: {'; '.join(search.notes)}")
@@ -177,14 +178,14 @@ class _Search:
     moved: list[Moved] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def run(self, batches: Sequence[Batch]) -> None:
+    def run(self, batches: Sequence[Tensor]) -> None:
         """All stacks, and a check that the model still computes the same."""
         self.generator = torch.Generator().manual_seed(self.plan.recipe.seed)
         self.patterns = {name: each for name, each in self.plan.patterns.items() if isinstance(each, NM)}
         stacks = [stack for stack in chosen_stacks(self.network, self.plan.recipe) if stack.needed]
         for block in (block for stack in stacks for block in stack.blocks):
             _check_dense(block)
-        self.place = outside_device(self.network, self.plan.device, batches)
+        self.place = outside_device(self.network, self.plan.device)
         before = self._outputs(batches[0])
         for stack in stacks:
             self._move_stack(stack, batches)
@@ -193,14 +194,13 @@ class _Search:
                 raise ModelError(f"{type(self.network).__name__} would compute something else with permuted channels")
 
     @torch.no_grad()
-    def _outputs(self, batch: Batch) -> Tensor:
+    def _outputs(self, batch: Tensor) -> Tensor:
         """What the model returns first for the beginning of one sequence."""
         with self.weights.outside(self.place), full_precision():
-            some = batch[:1, :CHECKED_TOKENS] if isinstance(batch, Tensor) else batch
-            found: Tensor = forward(self.network, some)[0].float()
+            found: Tensor = forward(self.network, batch[:1, :CHECKED_TOKENS])[0].float()
         return found.clamp(-MOST, MOST)
 
-    def _move_stack(self, stack: Stack, batches: Sequence[Batch]) -> None:
+    def _move_stack(self, stack: Stack, batches: Sequence[Tensor]) -> None:
         plan = self.plan
         with self.weights.outside(self.place):
             acts = capture(

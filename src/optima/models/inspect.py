@@ -29,19 +29,11 @@ def arguments_of(model: nn.Module) -> list[str]:
     return list(inspect.signature(type(model).forward).parameters)[1:]
 
 
-def needed_arguments(model: nn.Module) -> set[str]:
-    """What the model's forward pass insists on."""
-    parameters = inspect.signature(type(model).forward).parameters
-    return {name for name in arguments_of(model) if parameters[name].default is inspect.Parameter.empty}
-
-
 def check_length(model: nn.Module, length: int) -> None:
     """Raise ``ModelError`` if ``model``, or its skeleton, reads no token sequences of ``length``."""
     if "input_ids" not in arguments_of(model):
-        raise ModelError(
-            f"{type(model).__name__} reads {getattr(model, 'main_input_name', 'nothing')}, not text: from Python, give "
-            "prune(..., calibration=...) batches of its processor's outputs"
-        )
+        what = getattr(model, "main_input_name", "nothing")
+        raise ModelError(f"{type(model).__name__} reads {what}, not text: models are calibrated on text alone")
     if is_encoder_decoder(model):
         if length < 2:
             raise ModelError(f"{type(model).__name__} reads the two halves of a text: use --max-seq-length 2 or more")
