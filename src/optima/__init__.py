@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optima.errors import OptimaError
     from optima.extras.compress import compress, restore
-    from optima.extras.mask_preserving import PreserveMasks, preserve_masks
+    from optima.extras.mask_preserving import preserve_masks
     from optima.extras.permute import Permutation, permute
     from optima.extras.semi_structured import accelerate
     from optima.hub import push
@@ -22,7 +22,6 @@ __all__ = [
     "Callback",
     "OptimaError",
     "Permutation",
-    "PreserveMasks",
     "Recipe",
     "Report",
     "RunStart",
@@ -45,7 +44,6 @@ _HOMES = {
     "NM": "patterns",
     "OptimaError": "errors",
     "Permutation": "extras.permute",
-    "PreserveMasks": "extras.mask_preserving",
     "Recipe": "recipe",
     "Report": "reporting.record",
     "RunStart": "reporting.callbacks",

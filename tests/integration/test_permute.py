@@ -62,8 +62,10 @@ def test_a_permuted_model_is_the_same_function_and_loses_less(family: str) -> No
     before = outputs(model)
     found = permute(model)
     torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
-    assert {each.kind for each in found.channels} == ({"mlp"} if family in HEADS_STAY else {"mlp", "heads"})
-    assert sum(each.lost for each in found.channels) < len(found.channels)
+    assert found.permuted
+    assert bool(found.rotated) == (family not in HEADS_STAY), found.notes
+    assert max(*found.permuted.values(), *found.rotated.values()) <= 1.0
+    assert min(*found.permuted.values(), *found.rotated.values()) < 1.0
 
 
 def test_a_wrong_layout_is_found_where_its_weights_matter_little() -> None:
@@ -73,7 +75,7 @@ def test_a_wrong_layout_is_found_where_its_weights_matter_little() -> None:
             if "experts.down_proj" in name and parameter.ndim > 1:
                 parameter.mul_(0.002)
     before = outputs(model)
-    assert "mlp" in {each.kind for each in permute(model).channels}
+    assert permute(model).permuted
     torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
 
 
@@ -83,7 +85,7 @@ def test_a_checkpoint_is_written_that_is_pruned_like_any_other(root: Path, capsy
     options = prune_arguments("--pattern", "2:4")[4:]
     assert main(["permute", "model", "--output-dir", "permuted", *options]) == 0
     said = capsys.readouterr().out
-    for line in (r"mlp: 2 permuted; .* prunes \d+\.\d% less", r"heads: 2 rotated; .* prunes \d+\.\d% less"):
+    for line in (r"2 MLPs permuted; .* prunes \d+\.\d% less", r"2 attentions rotated; .* prunes \d+\.\d% less"):
         assert re.search(f"^{line}$", said, re.MULTILINE)
     tokens, new = make_tokens(), load_weights(root / "permuted")
     with torch.no_grad():
@@ -133,7 +135,8 @@ def test_sums_in_another_order_are_no_other_function() -> None:
         for parameter in model.parameters():
             parameter.mul_(0.3 / parameter.std() if parameter.ndim == 2 else 1.0)
     found = optima.permute(model, Recipe(pattern=["2:4"]), calibration=make_tokens(), progress=False)
-    assert {each.kind for each in found.channels} == {"mlp", "heads"}
+    assert found.permuted
+    assert found.rotated
 
 
 def test_what_cannot_be_permuted_is_refused(cheap: Any, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,17 +96,17 @@ def test_masks_outlast_moments_from_before() -> None:
     handle.remove()
 
 
-def test_trainer_callback_from_the_first_step_to_the_last(tmp_path: Path) -> None:
+def test_trainer_until_the_masks_are_removed(tmp_path: Path) -> None:
     model = sparse_llama()
     before = weights(model)
     data = [{"input_ids": row, "labels": row} for row in make_tokens(samples=8)]
     options = {"max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "gradient_accumulation_steps": 2}
     quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
-    callback = optima.PreserveMasks()
+    handle = optima.preserve_masks(model)
     arguments = TrainingArguments(output_dir=str(tmp_path), **options, **quiet)
-    Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    Trainer(model, arguments, train_dataset=data).train()
     check_preserved(before, weights(model))
-    assert callback.masks is None
+    handle.remove()
     train(model, adamw(model.parameters()), steps=1)
     assert any(bool((weights(model)[name][old == 0] != 0).any()) for name, old in before.items())
 

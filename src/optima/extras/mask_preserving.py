@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import TrainerCallback
 
 from optima.errors import ModelError, RecipeError
 from optima.models.blocks import Linear, linears_of
@@ -108,26 +106,3 @@ def preserve_masks(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise RecipeError(f"the mask of {name} must be a bool tensor of shape {shape}, True = survives")
     return PreservedMasks(linears, masks)
-
-
-class PreserveMasks(TrainerCallback):
-    """``preserve_masks`` for a ``transformers.Trainer``, from its first step to its last.
-
-    Args:
-        keep: see ``preserve_masks``.
-    """
-
-    def __init__(self, keep: Mapping[str, Tensor] | None = None) -> None:
-        self.keep = keep
-        self.masks: PreservedMasks | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Add the hooks."""
-        self.on_train_end(args, state, control)  # of a training that was interrupted
-        self.masks = preserve_masks(others["model"], self.keep)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Remove the hooks."""
-        if self.masks is not None:
-            self.masks.remove()
-            self.masks = None

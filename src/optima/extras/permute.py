@@ -27,7 +27,6 @@ from optima.errors import ModelError, RecipeError
 from optima.extras.channels import (
     TOLERANCE,
     Channels,
-    Kind,
     Saliency,
     best_order,
     best_rotation,
@@ -63,39 +62,26 @@ MOST = 1e6  # of an output: models that rule tokens out give them the least numb
 
 
 @dataclass(frozen=True)
-class Moved:
-    """Channels that were permuted (``mlp``) or rotated (``heads``).
-
-    Attributes:
-        kind, name: see ``optima.extras.channels.Channels``.
-        lost: the saliency that the pattern prunes of their reader, relative to before; of heads the mean of that and
-            the same of the linear that writes the values.
-    """
-
-    kind: Kind
-    name: str
-    lost: float
-
-
-@dataclass(frozen=True)
 class Permutation:
     """What ``permute`` did.
 
     Attributes:
-        channels: those that were permuted or rotated.
-        notes: which were not, and why.
+        permuted: of each MLP, by name, the saliency that the pattern prunes of its last linear, relative to before.
+        rotated: of each attention the same, a mean over the linears that write and read the values.
+        notes: which were skipped, and why.
     """
 
-    channels: tuple[Moved, ...]
-    notes: tuple[str, ...]
+    permuted: dict[str, float] = field(default_factory=dict)
+    rotated: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = []
-        for kind, done in ("mlp", "permuted"), ("heads", "rotated"):
-            if lost := [each.lost for each in self.channels if each.kind == kind]:
-                less = 1.0 - sum(lost) / len(lost)
-                lines.append(f"{kind}: {len(lost)} {done}; of their saliency the pattern prunes {less:.1%} less")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        for what, pruned in ("MLPs permuted", self.permuted), ("attentions rotated", self.rotated):
+            if pruned:
+                less = 1.0 - sum(pruned.values()) / len(pruned)
+                lines.append(f"{len(pruned)} {what}; of their saliency the pattern prunes {less:.1%} less")
+        return "\n".join([*lines, *(f"note: {note}" for note in dict.fromkeys(self.notes))])
 
 
 def permute(
@@ -158,12 +144,13 @@ def permute(
         search = _Search(plan, network, weights, shown, make_store(destination, ranks))
         with evaluating(network):
             search.run(text.tokens_NL.split(plan.batch_size))
-        notes = tuple(dict.fromkeys((*weights.notes, *text.notes, *search.notes)))
-        if not search.moved:
-            raise ModelError(f"no channels can be permuted or rotated: {'; '.join(search.notes)}")
+        found = search.found
+        if not found.permuted and not found.rotated:
+            raise ModelError(f"no channels can be permuted or rotated: {'; '.join(found.notes)}")
         if destination is not None:
             open_writer(network, plan.blocks, destination, {}, weights).publish(lambda directory: None)
-    return Permutation(tuple(search.moved), notes)
+    found.notes.extend((*weights.notes, *text.notes))
+    return found
 
 
 @dataclass
@@ -175,8 +162,7 @@ class _Search:
     weights: Weights
     progress: Callbacks
     store: Store
-    moved: list[Moved] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    found: Permutation = field(default_factory=Permutation)
 
     def run(self, batches: Sequence[Tensor]) -> None:
         """All stacks, and a check that the model still computes the same."""
@@ -218,13 +204,13 @@ class _Search:
                 saliencies = self._saliencies(block, found, acts, fisher, run)
                 for each in found:
                     if not (own := saliencies[each.name]):
-                        self.notes.append(f"{each.name}: no calibration token reached it: its channels stay")
+                        self.found.notes.append(f"{each.name}: no calibration token reached it: its channels stay")
                     elif each.kind == "heads":
                         self._rotate(each, own)
                     else:
                         self._permute(each, *own[0])
             self.progress.block(block.name)
-        self.notes += run.notes
+        self.found.notes.extend(run.notes)
 
     def _movable(self, block: Block, acts: Activations) -> list[Channels]:
         """Channels that matter to an N:M pattern, in the layout in which the block computes the same when they move."""
@@ -247,7 +233,7 @@ class _Search:
                     found += layouts[errors.index(min(errors))]
                     continue
                 reason = "the block would not compute the same"
-            self.notes.append(f"{first.name}: its {first.kind} channels stay as they are: {reason}")
+            self.found.notes.append(f"{first.name}: its {first.kind} channels stay as they are: {reason}")
         return found
 
     def _saliencies(
@@ -281,14 +267,13 @@ class _Search:
         order_D = best_order(saliency_OD, pattern, self.generator)
         before, after = lost(saliency_OD, pattern), lost(saliency_OD[:, order_D.to(saliency_OD.device)], pattern)
         move(channels, self.linears, order_D[None])
-        self.moved.append(Moved("mlp", channels.name, after / before if before else 1.0))
+        self.found.permuted[channels.name] = after / before if before else 1.0
 
     def _rotate(self, channels: Channels, parts: Sequence[tuple[Saliency, NM]]) -> None:
         heads, _, width = channels.read_HCW.shape
         begin_HWW = torch.randn(heads, width, width, generator=self.generator)
-        rotation_HWW, share = best_rotation(parts, begin_HWW.to(self.plan.device))
+        rotation_HWW, self.found.rotated[channels.name] = best_rotation(parts, begin_HWW.to(self.plan.device))
         move(channels, self.linears, rotation_HWW)
-        self.moved.append(Moved("heads", channels.name, share))
 
 
 def _check_dense(block: Block) -> None:
