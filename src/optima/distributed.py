@@ -2,10 +2,9 @@
 
     torchrun --nproc-per-node 8 -m optima prune MODEL --output-dir OUT
 
-torch.distributed does the work: gloo between main memories, nccl between CUDA devices. Two rules keep a run from
-hanging. Every collective begins with ``gather``, over gloo, whose connections break at once when a process dies: the
-others raise ``RankError``. And an ``OptimaError`` of one rank is raised by all at their next ``gather``. Tensors follow
-one, so that a rank without memory for them has failed before: nccl would wait for it.
+torch.distributed does the work: gloo between main memories, nccl between CUDA devices. Every collective begins with
+``gather``, over gloo: its connections break at once when a process dies, and it carries the error of a rank to all
+others, before they would wait for tensors of that rank.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import io
 import logging
 import os
 import socket
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -33,7 +31,6 @@ T = TypeVar("T")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by a launcher such as torchrun
 # A rank waits this long for the slowest. A process that dies is noticed at once, a machine without power only by this.
 PATIENCE = timedelta(hours=2)
-STRIP_BYTES = 2**26  # of a matrix whose lower triangle is reduced, per message
 _logger = logging.getLogger("optima")
 
 
@@ -50,7 +47,7 @@ class Ranks:
         self.rank, self.size = (0, 1) if control is None else (dist.get_rank(), dist.get_world_size())
         self._control = self._data = control
         self._device = torch.device("cpu")
-        self._over = False  # all know that the run has failed
+        self._failed = False  # all ranks know
 
     @property
     def first(self) -> bool:
@@ -95,9 +92,8 @@ class Ranks:
             raise RecipeError(
                 f"the processes have different devices ({', '.join(sorted(kinds))}): name one by --device"
             )
-        if card and len(cards := set(known)) < self.size:
-            shared = f"{self.size} processes share {len(cards)} CUDA devices"
-            raise RecipeError(f"{shared}: start one process for each, with its LOCAL_RANK")
+        if card and (count := len(set(known))) < self.size:
+            raise RecipeError(f"{self.size} processes share {count} CUDA devices: start one for each, with LOCAL_RANK")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # as nccl expects
             self._data, self._device = dist.new_group(backend="nccl"), device
@@ -110,23 +106,28 @@ class Ranks:
             RankError: if a process has died.
             OptimaError: that another process raised.
         """
-        return [value] if self.size == 1 else self._exchange(None, value)
+        return [value] if self.size == 1 else self._exchange(value)
 
     def gather_dict(self, own: Mapping[str, T]) -> dict[str, T]:
         """The entries of every rank's dict, on every rank."""
         return {name: value for each in self.gather(dict(own)) for name, value in each.items()}
 
-    def _exchange(self, error: OptimaError | None, value: T) -> list[T]:
-        own = None if error is None else (type(error), str(error))
+    def _exchange(self, value: T, error: Exception | None = None) -> list[T]:
+        kind = type(error) if isinstance(error, OptimaError) else RankError
         found: list[Any] = [None] * self.size
         with self._watched():
-            dist.all_gather_object(found, (own, value), group=self._control)
-        failed = {rank: error for rank, (error, _) in enumerate(found) if error is not None}
-        if failed:
-            self._over = True
-            rank, (kind, text) = next(iter(failed.items()))
-            raise error or kind(f"{text} (rank {rank} of {self.size})")
-        return [value for _, value in found]
+            dist.all_gather_object(found, (value, error and (kind, str(error) or repr(error))), group=self._control)
+        for rank, (_, failed) in enumerate(found):
+            if failed is not None:
+                self._failed = True
+                raise error or failed[0](f"{failed[1]} (rank {rank} of {self.size})")
+        return [value for value, _ in found]
+
+    def fail(self, error: Exception) -> None:
+        """Raise ``error`` on the other ranks at their next ``gather``; one that is not ours as a ``RankError``."""
+        if not self._failed:
+            with suppress(type(error), OptimaError):
+                self._exchange(None, error)
 
     def all_gather(self, value: T) -> list[T]:
         """As ``gather``; CUDA tensors arrive on the rank's device."""
@@ -173,13 +174,6 @@ class Ranks:
                     dist.reduce(tensor, owner, group=self._group(tensor))
         return tensor
 
-    def all_reduce_lower_(self, matrix_DD: Tensor, owner: int | None = None) -> None:
-        """``all_reduce_`` of the lower triangle of a matrix, in strips of rows; what is above it is undefined then."""
-        rows = max(STRIP_BYTES // (len(matrix_DD) * matrix_DD.element_size()), 1)
-        for begin in range(0, len(matrix_DD) if self.size > 1 else 0, rows):
-            strip = matrix_DD[begin : begin + rows, : begin + rows]
-            strip.copy_(self.all_reduce_(strip.contiguous(), owner))
-
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's tensor, added in float64, in a new tensor of the same dtype and device."""
         if self.size == 1:
@@ -188,33 +182,6 @@ class Ranks:
 
     def _group(self, tensor: Tensor) -> Any:
         return self._data if tensor.is_cuda else self._control
-
-    def fail(self, error: OptimaError) -> bool:
-        """Raise ``error`` on the other ranks at their next ``gather``. Returns whether all ranks know of it."""
-        if not self._over:
-            try:
-                self._exchange(error, None)
-            except RankError:
-                return False
-            except OptimaError:  # this one, or that of a lower rank
-                return True
-        return not isinstance(error, RankError)
-
-    def abort(self, error: BaseException) -> None:
-        """Break the connections, so that every other rank raises ``RankError``.
-
-        The frames of torch that ``error`` holds would keep them open while a caller keeps it.
-        """
-        self._over = True
-        dist.destroy_process_group(self._control)
-        self._control = self._data = None
-        cause: BaseException | None = error
-        while cause is not None:
-            for frame, _ in traceback.walk_tb(cause.__traceback__):
-                if str(frame.f_globals.get("__name__")).startswith(dist.__name__):
-                    with suppress(RuntimeError):  # it is still running
-                        frame.clear()
-            cause = cause.__cause__ or cause.__context__
 
     def close(self) -> None:
         """Give up the connections of this run: a script may begin others, and nccl's hold device memory."""
@@ -231,7 +198,7 @@ class Ranks:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch has no type of its own for what gloo says
-            self._over = True
+            self._failed = True
             unstoppable()  # the launcher will stop this process too: not before it has cleared up
             reason = str(error).strip().splitlines()[0]
             raise RankError(
@@ -268,17 +235,9 @@ def joined() -> Iterator[Ranks]:
             if not ranks.first:
                 raise
             _logger.warning("the run is complete, although %s", error)  # the first process writes all there is
-    except BaseException as error:
-        # A process that is no more, a bug, or Ctrl-C: this one may live on, and the others must not wait for it.
-        if not isinstance(error, OptimaError) or not ranks.fail(error):
-            ranks.abort(error)
+    except Exception as error:  # of another kind, such as Ctrl-C, ends the process, which the others notice
+        ranks.fail(error)
         raise
     ranks.close()
     if not ready:  # kept for the next run of this script: made anew, it would read the addresses of this one
-        atexit.register(_give_up_group)
-
-
-def _give_up_group() -> None:
-    """Unless the script has done it itself."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())

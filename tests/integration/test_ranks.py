@@ -18,24 +18,22 @@ import transformers as hf
 from families import FAMILIES
 from ranks import finish_ranks, free_port, in_processes, prune_ranks, said, start_ranks
 from runs import finish, start
-from tiny import VOCAB, load_weights, make_bert, make_llama, make_tokenizer, prune_arguments, save_model, save_text
+from tiny import VOCAB, load_weights, make_llama, make_tokenizer, save_model, save_text
 
 import optima
-from optima.calibration import fisher as swept
-from optima.calibration import statistics
+from optima.calibration import fisher, statistics
 from optima.calibration.activations import Activations
 from optima.checkpointing import Journal
 from optima.core import problem
-from optima.data import generate as generation
 from optima.distributed import Ranks
 
 BLOCKS = 3
 JOURNAL = Path(".out.optima-partial/journal.jsonl")
 SOON = 30.0  # seconds until all have ended when one dies
 # Share of the entries of a mask. Where two choices are equal but for a last digit, another order of sums takes the
-# other one (which, depends on the processor), or routes a token elsewhere; all that lies behind it follows, and a small
+# other one (which, depends on the processor), or routes a token elsewhere; all that comes after it follows, and a small
 # text makes much of it. A process that loses one of four sequences moves 8% to 14%, from the first block on.
-AT_FIRST, BEHIND = 0.01, 0.1
+AT_FIRST, AFTER = 0.01, 0.1
 # Rows that stop at a looser gap end an iteration earlier or later for a last digit, and tiny models amplify that.
 EXACT = ("--gap", "1e-9")
 
@@ -77,7 +75,7 @@ def same_but_for_time(first: str, second: str) -> None:
 
 RECIPES = {
     "default": (),
-    "tuned and shared out": ("--tuning-epochs", "1", "--allocation", "loss"),
+    "tuned and allocated": ("--tuning-epochs", "1", "--allocation", "loss"),
     "sink": ("--objective", "sink", "--selector", "wanda"),
     "selects with weights": ("--selector", "sparsegpt", "--solver", "none"),
 }
@@ -112,53 +110,18 @@ def test_shared_rows_are_those_of_one() -> None:
     assert "share" in optima.load_report("two").run.stages
 
 
-def sweep_a_quarter(rank: int = 0) -> None:
-    """For ``prepare``: however few tokens there are. As many are surveyed and tuned on."""
-    swept.LEAST_TOKENS = swept.LEAST_TUNED = 1
+def use_a_quarter(rank: int = 0) -> None:
+    """For ``prepare``: gradients, sensitivities and tuning use a quarter of the text, however few tokens it has."""
+    fisher.LEAST_TOKENS = fisher.LEAST_TUNED = 1
 
 
-def test_the_same_sequences_are_swept() -> None:
+def test_the_same_sequences_have_gradients() -> None:
     options = ("--batch-size", "1", "--tuning-epochs", "1")
-    assert finish(start("one", *options, prepare=sweep_a_quarter)) == 0
-    assert finish_ranks(start_ranks(2, "two", *options, prepare=sweep_a_quarter)) == [0, 0], said(2)
+    assert finish(start("one", *options, prepare=use_a_quarter)) == 0
+    assert finish_ranks(start_ranks(2, "two", *options, prepare=use_a_quarter)) == [0, 0], said(2)
     assert differing("one", "two")[0] <= 1e-3
     one, two = (optima.load_report(name).linears for name in ("one", "two"))
     assert [a.sparsity_asked for a in one] == pytest.approx([b.sparsity_asked for b in two], abs=1e-3)
-
-
-def write_one_at_a_time(rank: int = 0) -> None:
-    """For ``prepare``: there are batches for every process, which leaves a line of each."""
-    generation.BATCH = 1
-    generate = hf.GenerationMixin.generate
-
-    def noted(*args: object, **kwargs: object) -> object:
-        with open(f"wrote{rank}.txt", "a") as file:
-            file.write("a batch\n")
-        return generate(*args, **kwargs)
-
-    hf.GenerationMixin.generate = noted
-
-
-def test_they_share_the_writing_of_text() -> None:
-    Path("short.txt").write_text("the quick brown fox jumps over the lazy dog " * 25)
-    options = (
-        "--dataset",
-        "short.txt",
-        "--num-calibration-samples",
-        "11",
-        "--max-seq-length",
-        "24",
-        "--self-generated",
-        "0.75",
-    )
-    options = (*options, "--self-generated", "0.75")
-    assert finish(start("one", *options, prepare=write_one_at_a_time)) == 0
-    assert finish_ranks(start_ranks(2, "two", *options, prepare=write_one_at_a_time)) == [0, 0], said(2)
-    assert differing("one", "two")[0] <= 1e-3
-    one, two = optima.load_report("one").run, optima.load_report("two").run
-    assert one.data_hash == two.data_hash
-    assert [len(Path(f"wrote{rank}.txt").read_text().splitlines()) for rank in (0, 1)] == [8 + 4, 4], "one, then two"
-    assert all(any("data: 8 of 11 sequences" in note for note in run.notes) for run in (one, two))
 
 
 @SLOW
@@ -176,22 +139,11 @@ def test_four_with_batches_that_begin_elsewhere() -> None:
     assert any("roundings of float32, 1e-07" in note for note in optima.load_report("four").run.notes)
 
 
-def test_a_model_without_a_head() -> None:
-    save_model(Path("bert"), make_bert(), "bert")
-    assert finish(start("one", "--batch-size", "1", model="bert")) == 0
-    prune_ranks(2, "two", "--batch-size", "1", model="bert")
-    masks, _ = differing("one", "two")
-    assert masks <= 1e-3
-    same_but_for_time("one", "two")
-
-
 @pytest.mark.parametrize(
     ("family", "block", "size"),
     [
         ("mixtral", "layers.0.", 2),
         pytest.param("llama4", "layers.0.", 2, marks=SLOW),
-        pytest.param("t5", "encoder.block.0.", 2, marks=SLOW),
-        pytest.param("mixtral", "layers.0.", 4, marks=SLOW),
         pytest.param("t5", "encoder.block.0.", 4, marks=SLOW),
         pytest.param("bart", "encoder.layers.0.", 4, marks=SLOW),
     ],
@@ -205,7 +157,7 @@ def test_experts_and_two_stacks(family: str, block: str, size: int) -> None:
     assert finish(start("one", *options)) == 0
     prune_ranks(size, "two", *options)
     assert differing("one", "two", within=block)[0] <= AT_FIRST
-    assert differing("one", "two")[0] <= BEHIND
+    assert differing("one", "two")[0] <= AFTER
     one, two = optima.load_report("one"), optima.load_report("two")
     assert [linear.name for linear in one.linears] == [linear.name for linear in two.linears]
     for a, b in zip(one.linears, two.linears, strict=True):
@@ -216,17 +168,14 @@ def test_experts_and_two_stacks(family: str, block: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("family", "block", "tuning", "size"),
     [
-        pytest.param("mixtral", "layers.0.", 0, 2, marks=SLOW),
         ("t5_encoder", "block.0.", 1, 2),
         pytest.param("mixtral", "layers.0.", 0, 4, marks=SLOW),
-        pytest.param("t5_encoder", "block.0.", 1, 4, marks=SLOW),
         pytest.param("gemma3n", "layers.0.", 0, 2, marks=SLOW),
         pytest.param("gpt2", "h.0.", 1, 2, marks=SLOW),
-        pytest.param("xlnet", "layer.0.", 0, 2, marks=SLOW),
     ],
 )
 def test_families(family: str, block: str, tuning: int, size: int) -> None:
-    """Experts, position biases and keys that blocks hand on, transposed weights, tokens counted before sequences."""
+    """Experts, position biases, keys that blocks share, transposed weights."""
     recipe = optima.Recipe(pattern=["0.5"], batch_size=1, tuning_epochs=tuning, gap=1e-9)
 
     def work(ranks: Ranks | None = None) -> None:
@@ -239,7 +188,7 @@ def test_families(family: str, block: str, tuning: int, size: int) -> None:
     one, *others = (torch.load(f"{name}.pt") for name in ["0-0", *(f"{size}-{rank}" for rank in range(size))])
     for other in others:
         assert differing(one, other, within=block)[0] <= AT_FIRST
-        assert differing(one, other)[0] <= BEHIND
+        assert differing(one, other)[0] <= AFTER
         for name in one:
             assert torch.equal(other[name], others[0][name]), name
         moved = [(tensor.flatten(), (tensor - other[name]).flatten()) for name, tensor in one.items()]
@@ -247,26 +196,9 @@ def test_families(family: str, block: str, tuning: int, size: int) -> None:
         assert change <= 0.2 * all_of_it
 
 
-@SLOW
-def test_experts_are_surveyed_where_one_process_has_all_swept_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swept, "LEAST_TOKENS", 1)
-
-    def work(ranks: Ranks | None = None) -> None:
-        model = families.build("mixtral")
-        report = optima.prune(model, optima.Recipe(batch_size=1), calibration=families.make_ids(4))
-        asked = [linear.sparsity_asked for linear in report.linears]
-        torch.save(asked, f"{0 if ranks is None else ranks.size}-{0 if ranks is None else ranks.rank}.pt")
-
-    work()
-    assert in_processes(2, work) == [0, 0]
-    one, first, second = (torch.load(f"{name}.pt") for name in ("0-0", "2-0", "2-1"))
-    assert first == second == pytest.approx(one, abs=1e-3)
-
-
-@pytest.mark.parametrize("tuning", [0, pytest.param(1, marks=SLOW)])
-def test_an_encoder_on_disk_runs_again_in_each_process_as_often_as_it_has_batches(tuning: int) -> None:
+def test_an_encoder_on_disk_runs_again_in_each_process_as_often_as_it_has_batches() -> None:
     families.build("t5").save_pretrained("t5")
-    recipe = optima.Recipe(objective="plain", selector="wanda", batch_size=1, tuning_epochs=tuning)
+    recipe = optima.Recipe(objective="plain", selector="wanda", batch_size=1)
 
     def work(ranks: Ranks) -> None:
         optima.prune("t5", recipe, output_dir="two", tokenizer=make_tokenizer(), calibration=families.make_ids(5))
@@ -353,47 +285,15 @@ class TestDead:
         assert optima.load_report("out").run.processes == after
 
 
-def torchrun() -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    return [sys.executable, *launcher]
-
-
 @SLOW
 def test_a_script_of_torchrun_may_prune_more_than_once() -> None:
-    Path("sweep.py").write_text(
+    Path("script.py").write_text(
         "import optima\n"
         "for sparsity in (0.5, 0.6, 0.7):\n"
         "    recipe = optima.Recipe(sparsity=sparsity, dataset=['text.txt'], num_calibration_samples=4,\n"
         "                           max_seq_length=16, objective='plain')\n"
         "    optima.prune('model', recipe, output_dir=f'out{sparsity}', progress=False)\n"
     )
-    subprocess.run([*torchrun(), "sweep.py"], check=True, timeout=300)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    subprocess.run([sys.executable, *launcher, "script.py"], check=True, timeout=300)
     assert [optima.load_report(f"out{sparsity}").run.processes for sparsity in (0.5, 0.6, 0.7)] == [2, 2, 2]
-
-
-@SLOW
-def test_torchrun_ends_a_run_whose_process_dies() -> None:
-    command = torchrun()
-    script = Path("dying.py")
-    script.write_text(
-        "import os, signal, sys\n"
-        "from optima.calibration.activations import Activations\n"
-        "from optima.cli import main\n"
-        "forward = Activations.forward\n"
-        "def killed(self, block, *more):\n"
-        "    if os.environ['RANK'] == '1' and block.index == 1 and self.ranks.size > 1:\n"
-        "        open('died', 'w').close()\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    forward(self, block, *more)\n"
-        "Activations.forward = killed\n"
-        "sys.exit(main())\n"
-    )
-    arguments = prune_arguments("--objective", "plain")
-    ended = subprocess.run([*command, "dying.py", *arguments], capture_output=True, text=True, timeout=300)
-    assert ended.returncode
-    assert time.time() - Path("died").stat().st_mtime < 60
-    # The launcher may stop the other process before that one waits for the dead one.
-    assert re.search("another process of this run is no more|optima: stopped by SIGTERM", ended.stderr)
-    assert Journal(JOURNAL).blocks
-    subprocess.run([*command, "-m", "optima", *arguments, "--resume"], check=True, timeout=300)
-    assert optima.load_report("out").run.processes == 2

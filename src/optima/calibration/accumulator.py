@@ -76,7 +76,7 @@ class Accumulator:
             return
         if self.sum_DD is None:
             self.sum_DD = torch.zeros(max(sizes), max(sizes), dtype=torch.float64, device=device)
-        ranks.all_reduce_lower_(self.sum_DD, owner)
+        ranks.all_reduce_(self.sum_DD, owner)
         if owner not in (None, ranks.rank):
             self.sum_DD = None
 
