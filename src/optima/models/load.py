@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from optima.errors import ModelError
@@ -328,8 +329,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         ModelError: if it is missing or unreadable.
     """
     arguments = source.arguments
-    if source.gguf_file:  # a header that is known
-        arguments["tokenizer_type"] = load_config(source).model_type
+    if source.gguf_file and (kind := load_config(source).model_type) in TOKENIZER_MAPPING_NAMES:
+        arguments["tokenizer_type"] = kind  # else transformers reads the file once more
     with explain_read_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.path, **arguments)
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not len(tokenizer):
