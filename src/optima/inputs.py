@@ -83,18 +83,16 @@ def add_generated(
     return replace(text, tokens_NL=torch.cat([tokens_NL, generated_NL]), notes=(*text.notes, note))
 
 
-def batches_of_rank(text: Calibration, batch_size: int, ranks: Ranks) -> tuple[Sequence[Tensor], bool]:
-    """The batches of this process, and whether they are those of one process that has them all.
-
-    They are, unless that leaves too much to one of them.
-    """
+def batches_of_rank(text: Calibration, batch_size: int, ranks: Ranks) -> Sequence[Tensor]:
+    """The batches of this process: some of those of one process, unless that leaves too much to one of them."""
     tokens_NL, count = text.tokens_NL, len(text.tokens_NL)
-    batches = tokens_NL.split(min(batch_size, count))
+    batches: Sequence[Tensor] = tokens_NL.split(min(batch_size, count))
     ranks.check_sequences(count)
     most, fair = -(-len(batches) // ranks.size) * batch_size, -(-count // ranks.size)
-    if len(batches) >= ranks.size and most <= MOST_UNEVEN * fair:
-        return batches[ranks.part(len(batches))], True
-    return tokens_NL[ranks.part(count)].split(batch_size), False
+    if len(batches) < ranks.size or most > MOST_UNEVEN * fair:
+        batches = tokens_NL[ranks.part(count)].split(batch_size)
+        return batches
+    return batches[ranks.part(len(batches))]
 
 
 def make_store(destination: Destination | None, ranks: Ranks) -> Store:

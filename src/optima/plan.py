@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from optima.calibration.correlation import coupling_bytes
 from optima.core import make_solver
-from optima.core.problem import BUDGET_BYTES
 from optima.core.shifted import MOST_EIGENVALUES
 from optima.data.batches import read_calibration
 from optima.data.generate import can_continue
@@ -47,7 +45,7 @@ BATCH_SIZE, CPU_TOKENS = 8, 2048  # of a forward pass; larger activations leave 
 # Shares of the main and the device memory that the whole model may take while it generates.
 MAIN_SHARE, DEVICE_SHARE = 0.5, 0.8
 LIBRARIES_BYTES = 2**29
-# Of a linear at work, for each entry of its Hessian and each weight: what thanos and alps take, the most.
+# Of the linear at work, for each entry of its Hessian and each weight: what thanos and alps take, the most.
 BYTES_PER_ENTRY, BYTES_PER_WEIGHT = 62, 56
 GRADIENTS = 6  # copies of a batch's activations in a block that autograd keeps
 GIB = 2**30
@@ -131,28 +129,23 @@ def plan_run(
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or use load_recipe")
-    place = ranks.on(device)
-    if isinstance(model, PreTrainedModel):
-        check_in_memory(model)
-        plan = resolve(model, recipe, place, None, calibration, trust_remote_code)
-    elif isinstance(model, str | Path):
+    place, source = ranks.on(device), None
+    if isinstance(model, str | Path):
         source = find_source(str(model), trust_remote_code)
-        structure = skeleton(source)
+        model = skeleton(source)
         if output_dir is None:
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
-        plan = resolve(structure, recipe, place, source, calibration, trust_remote_code)
-    else:
+    elif not isinstance(model, PreTrainedModel):
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
+    else:
+        check_in_memory(model)
+    plan = resolve(model, recipe, place, source, calibration, trust_remote_code)
     ranks.check_sequences(plan.recipe.samples())
     return plan
 
 
 def make_plan(source: Source, recipe: Recipe, device: str = "auto") -> Plan:
-    """Plan pruning ``source`` by ``recipe`` without loading weights.
-
-    Raises:
-        OptimaError: whatever a run would be refused for that its configuration shows.
-    """
+    """Plan pruning ``source`` without its weights; arguments and errors as of ``resolve``."""
     return resolve(skeleton(source), recipe, named_device(device), source)
 
 
@@ -190,19 +183,19 @@ def resolve(
     inputs = len(stacks) * max(linear.shape[1] for linear in linears)
     data = read_calibration(calibration, lambda length: asked.replace(max_seq_length=length).samples(inputs))
     dtype = model.dtype if source is None else dtype_as_read(model.config, recipe.dtype)
-    reason = _why_not_generated(model, recipe, dtype, device, data is not None) if recipe.self_generated else ""
-    if reason:
-        recipe, reason = recipe.replace(self_generated=0.0), f"no calibration data is self-generated: {reason}"
     if isinstance(data, Tensor):
         recipe = recipe.replace(num_calibration_samples=len(data), max_seq_length=data.shape[1])
     check_length(model, recipe.max_seq_length)
     fits = max(CPU_TOKENS // recipe.max_seq_length, 1) if device.type == "cpu" else BATCH_SIZE
-    recipe = recipe.replace(batch_size=recipe.batch_size or fits)
-    recipe = recipe.replace(num_calibration_samples=recipe.samples(inputs))
-    notes = tuple(filter(None, [*dense_notes(model, stacks), *_unmatched(recipe, stacks), reason]))
-    return Plan(
+    recipe = recipe.replace(batch_size=recipe.batch_size or fits, num_calibration_samples=recipe.samples(inputs))
+    notes = (*dense_notes(model, stacks), *_unmatched(recipe, stacks))
+    plan = Plan(
         *(model, source, recipe, methods, tuple(stacks), patterns, fallback, dtype, device, data, scope_named, notes)
     )
+    if recipe.self_generated and (reason := _why_not_generated(plan)):
+        notes = (*notes, f"no calibration data is self-generated: {reason}")
+        plan = replace(plan, recipe=recipe.replace(self_generated=0.0), notes=notes)
+    return plan
 
 
 def make_methods(recipe: Recipe, trust_remote_code: bool = False) -> Methods:
@@ -253,13 +246,9 @@ def _patterns(
             known += [name for name, module in model.named_modules() if hasattr(module, "weight")]
             masks.check_names([*known, *(linear.name for linear in (*linears, *excluded))])
         patterns |= selector.check(linears, patterns, recipe.ignore)
-    if isinstance(selector, ALPS):
-        for linear in linears:
-            if linear.shape[1] > MOST_EIGENVALUES:
-                raise RecipeError(
-                    f"selector alps needs the eigenvalues of the Hessian of {linear.name}, whose {linear.shape[1]:,} "
-                    f"inputs are more than {MOST_EIGENVALUES:,}: use another selector, or --ignore it"
-                )
+    wide = [linear.name for linear in linears if linear.shape[1] > MOST_EIGENVALUES]
+    if isinstance(selector, ALPS) and wide:
+        raise RecipeError(f"selector alps: {wide[0]} has more than {MOST_EIGENVALUES:,} inputs: --ignore it")
     return patterns
 
 
@@ -281,9 +270,7 @@ def check_in_memory(model: PreTrainedModel) -> None:
 def _check_changeable(model: PreTrainedModel, linears: Iterable[Linear], recipe: Recipe) -> None:
     for linear in linears:
         if linear.expert is None and "weight" not in linear.module._parameters:
-            raise ModelError(
-                f"the weight of {linear.name} is computed from other parameters: remove its parametrization first"
-            )
+            raise ModelError(f"the weight of {linear.name} is computed from others: remove its parametrization first")
     if recipe.tuning_epochs and recipe.objective != "loss" and any(each.is_inference() for each in model.parameters()):
         raise ModelError("the model was made inside torch.inference_mode(): make it outside, or --tuning-epochs 0")
 
@@ -295,21 +282,16 @@ def _unmatched(recipe: Recipe, stacks: Sequence[Stack]) -> list[str]:
     return [f"ignore {each!r} matches no linear" for each in asked if not any(re.search(each, name) for name in names)]
 
 
-def _why_not_generated(
-    model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, device: torch.device, has_data: bool
-) -> str:
-    """Why the model does not generate calibration data; empty if it does.
-
-    It depends on the total memory, not on what is free: a resumed run must do the same.
-    """
-    size = count_parameters(model) * dtype.itemsize
-    if has_data:
+def _why_not_generated(plan: Plan) -> str:
+    """Why the model does not generate text, by the total memory, which is the same for a resumed run; or empty."""
+    size = count_parameters(plan.model) * plan.dtype.itemsize
+    if plan.calibration is not None:
         return "the caller passed the calibration data"
-    if not can_continue(model):
-        return f"{type(model).__name__} does not generate text"
+    if not can_continue(plan.model):
+        return f"{type(plan.model).__name__} does not generate text"
     if size > MAIN_SHARE * total_memory():
         return f"its weights take {size / GIB:.1f} GiB, more than {MAIN_SHARE:.0%} of the main memory"
-    if device.type == "cuda" and is_there(device) and size > DEVICE_SHARE * card_memory(device):
+    if plan.device.type == "cuda" and is_there(plan.device) and size > DEVICE_SHARE * card_memory(plan.device):
         return f"its weights take {size / GIB:.1f} GiB, more than {DEVICE_SHARE:.0%} of the device memory"
     return ""
 
@@ -323,30 +305,23 @@ def load_weights(plan: Plan, whole: str | None = None) -> tuple[PreTrainedModel,
     return open_weights(plan.source, plan.model, plan.recipe.dtype, whole)
 
 
-def peak_bytes(plan: Plan, streamed: bool) -> tuple[int, int]:
-    """An upper bound of the memory for weights and work, and the size of stored activations, which may be in files."""
-    recipe, blocks, itemsize = plan.recipe, plan.blocks, plan.dtype.itemsize
-    largest = max(count_parameters(block.module) for block in blocks)
-    inside = sum(count_parameters(block.module) for block in blocks)
+def estimate_memory(plan: Plan, streamed: bool) -> tuple[int, int]:
+    """About the bytes of memory for weights and work, and those of activations, which may be in files."""
+    recipe, itemsize, work = plan.recipe, plan.dtype.itemsize, 0
+    sizes = [count_parameters(block.module) for block in plan.blocks]
     whole = count_parameters(plan.model)
-    weights = (2 * largest + whole - inside if streamed else whole) * itemsize
-    tokens = plan.batch_size * recipe.max_seq_length
-    copies = GRADIENTS if recipe.objective == "loss" or recipe.tuning_epochs else 2
-    work = 0
-    for block in blocks:
-        shapes = [linear.shape for linear in block.linears]
-        plain = sum(8 * linear.shape[1] ** 2 for linear in block.linears if linear.expert is None)
+    weights = (whole - sum(sizes) + 2 * max(sizes) if streamed else whole) * itemsize
+    for block in plan.blocks:
+        hessians = sum(8 * linear.shape[1] ** 2 for linear in block.linears if linear.expert is None)
         experts = sum(8 * linear.shape[1] ** 2 for linear in block.linears if linear.expert is not None)
-        linear = max((BYTES_PER_ENTRY * d * d + BYTES_PER_WEIGHT * o * d for o, d in shapes), default=0)
-        passed = copies * tokens * sum(sum(shape) for shape in shapes) * itemsize
-        tuned = BYTES_PER_TUNED * sum(o * d for o, d in shapes) if recipe.tuning_epochs else 0
-        work = max(work, plain + min(experts, EXPERT_BYTES) + max(linear + BUDGET_BYTES, passed + tuned))
+        shapes = [linear.shape for linear in block.linears]
+        solving = max((BYTES_PER_ENTRY * d * d + BYTES_PER_WEIGHT * o * d for o, d in shapes), default=0)
+        tuning = BYTES_PER_TUNED * sum(o * d for o, d in shapes) if recipe.tuning_epochs else 0
+        work = max(work, hessians + min(experts, EXPERT_BYTES) + max(solving, tuning))
     hidden = getattr(plan.model.config.get_text_config(), "hidden_size", None) or 0
-    inputs = recipe.samples() * recipe.max_seq_length * hidden * itemsize
-    kept = 2 if recipe.tuning_epochs or recipe.allocation == "loss" else 1
-    gradients = len(blocks) / 4 if recipe.objective == "loss" else 0  # inputs of all blocks, of a quarter of the text
-    stored = int(inputs * max(kept, 1 + gradients)) + coupling_bytes(blocks, plan.methods.needs)
-    return LIBRARIES_BYTES + weights + work, stored
+    # The gradient pass has the inputs of all blocks, of a quarter of the text.
+    copies = max(2, 1 + len(sizes) / 4) if recipe.objective == "loss" else 1
+    return LIBRARIES_BYTES + weights + work, int(recipe.samples() * recipe.max_seq_length * hidden * itemsize * copies)
 
 
 def print_plan(plan: Plan, name: str, console: Console) -> None:
@@ -364,28 +339,22 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
     sizes = {linear.name: math.prod(linear.shape) for linear in plan.linears}
     pruned, whole = sum(sizes.values()), count_parameters(plan.model)
     sparsity = sum(plan.patterns[linear].sparsity * size for linear, size in sizes.items()) / pruned
-    recipe, source = plan.recipe, plan.source
-    resident = "it generates calibration data" if recipe.self_generated else ""
-    if source is not None and source.gguf_file:
-        resident = "it is a GGUF file"
-    memory, stored = peak_bytes(plan, streamed=not resident)
+    recipe = plan.recipe
+    resident = bool(recipe.self_generated) or bool(plan.source and plan.source.gguf_file)
+    memory, activations = estimate_memory(plan, streamed=not resident)
     lines = [
         f"weights in these linears: {pruned:,} of {whole:,} parameters ({pruned / whole:.0%})",
-        f"sparsity of these linears: {sparsity:.2%}",
+        f"sparsity of these linears: {sparsity:.2%}{', the mean' * (recipe.allocation == 'loss')}",
         f"calibration: {recipe.samples()} x {recipe.max_seq_length} tokens, batch size {recipe.batch_size}",
         f"method: selector {recipe.selector}, objective {recipe.objective}, allocation {recipe.allocation}, "
         f"solver {recipe.solver}, {recipe.tuning_epochs} epochs of tuning",
-        f"memory: at most about {memory / GIB:.2f} GiB for weights and work",
-        f"activations: up to {stored / GIB:.2f} GiB, in files where main memory is short",
+        f"memory: about {memory / GIB:.2f} GiB, with {'the whole model' if resident else 'two blocks at a time'}",
+        f"activations: about {activations / GIB:.2f} GiB, in files where main memory is short",
         f"disk: {whole * plan.dtype.itemsize / GIB:.2f} GiB for the result",
         *(f"note: {note}" for note in plan.notes),
     ]
     if any(isinstance(each, NM) for each in plan.patterns.values()):
         lines.append("note: N:M patterns lose less after `optima permute`, which moves the channels of the model")
-    if recipe.allocation == "loss":
-        lines.append("note: allocation loss finds each linear's sparsity during calibration: the table shows the mean")
-    if resident:
-        lines.append(f"note: the whole model is held in main memory: {resident}")
     runtime = runtime_note(str(each) for each in plan.patterns.values()).replace("**", "").replace("`", "")
     for line in [*lines, f"note: {runtime}"]:
         console.print(line, highlight=False, markup=False)

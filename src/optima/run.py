@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -133,7 +132,7 @@ def prune(
                 prepare(network, to_save(plan.source, tokenizer, own_tokenizer), plan.source, destination.directory)
             text = add_generated(text, network, own_tokenizer, plan.recipe, plan.device, ranks, run.progress)
             run.note(*text.notes)
-            batches, alike = batches_of_rank(text, plan.batch_size, ranks)
+            batches = batches_of_rank(text, plan.batch_size, ranks)
             if identified:
                 identified["tokens"] = text.hash
                 check_alike(identified, ranks)
@@ -142,7 +141,7 @@ def prune(
                 run.note(*destination.notes)
             give_back_freed_memory()
             if ranks.first:
-                _note_processes(run, None if alike else network.dtype)
+                _note_processes(run)
             run.progress.notes(run.notes)
             run.store = make_store(destination, ranks)
             stacks = chosen_stacks(network, plan.recipe)
@@ -192,21 +191,14 @@ def _notes(plan: Plan, network: PreTrainedModel) -> list[str]:
     return notes
 
 
-def _note_processes(run: RunState, dtype: torch.dtype | None) -> None:
-    """Note how many processes share the work from here on, and what that changes, also for a resumed run.
-
-    ``dtype``: of the activations, if these are computed in other batches than by one process.
-    """
+def _note_processes(run: RunState) -> None:
+    """Note how many processes share the work from here on, also for a resumed run."""
     writer, size = run.writer, run.ranks.size
     done = [] if writer is None else list(writer.done)
-    where = f"after {done[-1]}" if done else "from the first block on"
-    text = ""
+    where, text = f"after {done[-1]}" if done else "from the first block on", ""
     if size > 1:
-        why = "their sums are added in another order, which moves hessians by 1e-16 of their size"
-        if dtype is not None:
-            rounding = f"roundings of {dtype_name(dtype)}, {torch.finfo(dtype).eps:.0e}"
-            why = f"their batches differ from those of one process, which moves activations by {rounding}"
-        text = f"{where} {size} processes{SHARED}; {why}; where saliencies nearly tie, masks differ"
+        why = "sums are rounded differently than in one process, and masks may differ where saliencies nearly tie"
+        text = f"{where} {size} processes{SHARED}: {why}"
     elif writer is not None and any(SHARED in note for note in writer.notes):
         text = f"{where} one process{SHARED}"
     if writer is not None and text:

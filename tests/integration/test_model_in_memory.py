@@ -157,7 +157,7 @@ def test_weights_that_are_made_of_others() -> None:
     random_unstructured(masked.model.layers[0].mlp.up_proj, "weight", 0.1)
     nn.utils.parametrizations.weight_norm(normed.model.layers[0].mlp.up_proj)
     for model in (masked, normed):
-        with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj is computed from other parameters"):
+        with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj is computed from other"):
             prune(model, Recipe(), calibration=make_tokens())
     up = embedded.model.layers[0].mlp.up_proj
     up.weight = nn.Parameter(up.weight.detach().as_subclass(Wrapped), requires_grad=False)

@@ -94,7 +94,7 @@ def test_two_end_as_one(options: tuple[str, ...]) -> None:
     same_but_for_time("one", "two")
     run = optima.load_report("two").run
     assert run.processes == 2
-    assert any("2 processes shared the work" in note and "1e-16" in note for note in run.notes)
+    assert any("2 processes shared the work" in note for note in run.notes)
 
 
 def small_chunks(rank: int = 0) -> None:
@@ -136,7 +136,6 @@ def test_four_with_batches_that_begin_elsewhere() -> None:
     assert four.error_geomean == pytest.approx(one.error_geomean, rel=0.1)
     for before, after in zip(one.linears[:7], four.linears, strict=False):
         assert before.tokens_effective == pytest.approx(after.tokens_effective, rel=1e-5)
-    assert any("roundings of float32, 1e-07" in note for note in optima.load_report("four").run.notes)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ Shapes: B sequences in a batch, T tokens, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from optima.core.shifted import MOST_EIGENVALUES
 from optima.device import bfloat16_products
-from optima.models.blocks import Block, Linear, is_expert
+from optima.models.blocks import Linear, is_expert
 
 # Correlations are scaled by this beyond their reliability, so that no eigenvalue falls below 0.1.
 SHRINKAGE = 0.9
@@ -34,12 +33,6 @@ def couples(linear: Linear) -> bool:
     """
     outputs, inputs = linear.shape
     return outputs <= min(inputs, MOST_ROWS) and inputs <= MOST_EIGENVALUES and not is_expert(linear)
-
-
-def coupling_bytes(blocks: Sequence[Block], needs: Collection[str]) -> int:
-    """Bytes of the row correlations: a float32 O x O matrix a linear, half of which stays until it is pruned."""
-    linears = [linear for block in blocks for linear in block.linears if "coupling" in needs and couples(linear)]
-    return sum(4 * linear.shape[0] ** 2 for linear in linears)
 
 
 def products_of_halves(gradient_TO: Tensor, factor_T: Tensor, odd_B: Tensor) -> Tensor:
