@@ -8,10 +8,8 @@ from functools import partial
 import pytest
 import torch
 from families import build, make_ids, stack_of
-from tiny import make_llama
 
-from optima import Recipe, prune
-from optima.calibration.activations import agree, capture, hidden_of, moved
+from optima.calibration.activations import capture, hidden_of
 from optima.calibration.fisher import fisher_weights
 from optima.calibration.lm_head import label_gradient
 from optima.calibration.weights import row_weights
@@ -93,31 +91,3 @@ def test_what_blocks_pass_on_is_that_of_the_dense_model(family: str) -> None:
             linear.write(linear.read() * 0.5)
         acts.forward(block)
         assert not torch.equal(acts.hidden[0], output)
-
-
-def test_blocks_that_share_keys_and_values_are_pruned_without_gradients() -> None:
-    report = prune(build("gemma4"), Recipe(), calibration=make_ids())
-    assert any("share keys and values" in note for note in report.run.notes)
-
-
-def test_outputs_agree_up_to_the_rounding_of_the_weights() -> None:
-    stream = torch.linspace(-4, 4, 64)
-    rounded = stream + 4 * torch.finfo(torch.bfloat16).eps
-    assert agree(rounded, stream, torch.bfloat16), "weights may be coarser than hidden states"
-    assert not agree(rounded, stream, torch.float32)
-
-
-def test_masks_that_are_expanded_over_samples_are_moved_once() -> None:
-    mask = torch.ones(1, 1, 5, 5).expand(8, 1, 5, 5)
-    there = moved(mask, torch.device("meta"))
-    assert there.shape == mask.shape
-    assert there.untyped_storage().nbytes() == 25 * 4
-    assert moved(torch.ones(2, 3).mT, torch.device("meta")).shape == (3, 2)
-
-
-def test_dense_blocks_do_not_run_while_inputs_are_captured() -> None:
-    """Beyond the probe, one call of a block a batch would cost a forward pass."""
-    model, calls = make_llama(), list[int]()
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-    capture(model, stack_of(model), list(make_ids(6).split(2)))
-    assert len(calls) == 2, "in the model's own pass, and in the check of the chain"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from optima import Recipe, prune
 from optima.calibration import statistics
 from optima.calibration.activations import Activations, capture
 from optima.calibration.batch_size import BatchSize
-from optima.calibration.statistics import Found, observe, sampled
+from optima.calibration.statistics import Found, observe
 from optima.calibration.weights import FisherWeights
-from optima.core.statistics import sampling_step
 from optima.models.blocks import Block, FusedExperts, Linear, experts_of, find_stacks, linearized, select_linears
 from optima.models.save import Writer
 
@@ -191,33 +190,6 @@ def test_groups_of_experts_in_passes_of_their_own(family: str, monkeypatch: pyte
     assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(acts.hidden, outputs.hidden, strict=True))
 
 
-@pytest.mark.parametrize(("family", "by_loss"), [("mixtral", True), ("llama4", False)])
-def test_batches_that_memory_takes_apart(family: str, by_loss: bool) -> None:
-    """Whether the pass fails in front of the experts or inside them; weights of tokens go where tokens go."""
-    model, loss = build(family), None
-    block, acts = acts_of(model, size=6)
-    experts, _ = calls_in(block, acts)
-    if by_loss:
-        square_T = torch.rand(96, generator=torch.Generator().manual_seed(0)) ** 8
-        names = [linear.name for linear in block.linears if linear.expert]
-        loss = FisherWeights("a loss", routed={name: [(torch.arange(96), square_T)] for name in names})
-    whole = found_at(block, acts, 0.5, loss)
-    most = 2 * 16 if experts.routed else 2 * 16 * experts.count
-
-    def refuse(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if len(args[0]) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    for place in (experts.module, block.module.get_submodule("post_attention_layernorm")):
-        most = most if place is experts.module else 2
-        batch_size = BatchSize()
-        block, acts = acts_of(model, size=6, batch_size=batch_size)
-        with ExitStack() as hooks:
-            hooks.callback(place.register_forward_pre_hook(refuse).remove)
-            same(whole, found_at(block, acts, 0.5, loss))
-        assert batch_size.most == 2
-
-
 def test_an_expert_without_tokens_is_pruned_and_named() -> None:
     model: Any = build("mixtral")
     for layer in model.model.layers:
@@ -268,18 +240,6 @@ def test_tuned_experts_keep_their_masks(family: str) -> None:
     (stack,) = select_linears(find_stacks(model), ["experts"], [])
     for linear in (linear for block in stack.blocks for linear in block.linears):
         assert bool(((linear.read() == 0).reshape(-1, 4).sum(dim=1) == 2).all())
-
-
-def test_samples_have_no_more_first_tokens_than_the_text() -> None:
-    tokens, length = 128 * 2048, 2048
-    step = sampling_step(tokens, 2048)
-    place_N = torch.cat([sampled(torch.arange(length), length * before, step) for before in range(128)])
-    assert len(place_N) == pytest.approx(2048, rel=0.02)
-    assert int((place_N == 0).sum()) <= 2
-    assert int((place_N < length // 2).sum()) == pytest.approx(len(place_N) / 2, rel=0.02)
-    whole_N = sampled(torch.arange(tokens), 0, step)
-    parts = [sampled(part, int(part[0]), step) for part in torch.arange(tokens).split(3000)]
-    assert torch.cat(parts).equal(whole_N), "it does not depend on batches"
 
 
 def test_layouts_are_known_by_shapes_or_not_at_all() -> None:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, build, fisher_of, make_ids, stack_of
-from layers import layer_of, make_layer
+from families import build, fisher_of, make_ids, stack_of
 from tiny import NoBackward, make_bert, make_llama, make_tokens
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
-from optima.allocate import saliency_quantiles
 from optima.calibration.activations import capture
-from optima.calibration.fisher import fisher_batches, fisher_weights
+from optima.calibration.fisher import fisher_weights
 from optima.calibration.lm_head import label_gradient, sampled_tokens
-from optima.calibration.statistics import observe
-from optima.calibration.weights import row_weights
-from optima.linear import Methods, prune_linear
-from optima.patterns import Pattern, Unstructured
-from optima.prune import sensitivity_pass
+from optima.patterns import Pattern
 from optima.selectors.base import LinearTask, Selection
-from optima.selectors.scores import Magnitude, Wanda
-from optima.state import RunState
+from optima.selectors.scores import Wanda
 
 
 def gradients_of(model: nn.Module, module: nn.Module, tokens_NL: Tensor) -> Iterator[Tensor]:
@@ -41,18 +30,6 @@ def gradients_of(model: nn.Module, module: nn.Module, tokens_NL: Tensor) -> Iter
         logits_TV.backward(label_gradient(logits_TV.detach(), drawn_T))
         assert seen[-1].grad is not None
         yield seen[-1].grad.flatten(0, 1)
-
-
-def test_rows_weigh_the_gradients_of_the_whole_model() -> None:
-    model = make_llama().eval()
-    found, tokens_NL = fisher_of(model)
-    name = "model.layers.1.mlp.up_proj"
-    square_TO = torch.cat(list(gradients_of(model, model.get_submodule(name), tokens_NL))).square()
-    # Of each token in the units of its own length: few of them have most of the squares.
-    tempered_O = (square_TO / square_TO.sum(dim=1, keepdim=True).sqrt()).mean(dim=0)
-    expected_O = tempered_O * (square_TO.mean() / tempered_O.mean())
-    assert torch.allclose(found.rows[name], row_weights(expected_O), rtol=1e-4, atol=1e-12)
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_tokens_and_the_metric_of_tuning_are_those_at_the_output_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,17 +71,6 @@ def test_without_a_head_gradients_of_the_last_hidden_states_are_signs() -> None:
     assert float((product_EE - torch.eye(32)).abs().max()) < 0.5, "each is either with the same probability"
 
 
-def test_rows_of_more_weight_keep_more() -> None:
-    weight_OD, inputs_TD = make_layer(8, 64, dtype=torch.float32)
-    task = layer_of(weight_OD / weight_OD.norm(dim=1, keepdim=True), inputs_TD)
-    rows_O = torch.ones(8)
-    rows_O[3] = 100.0
-    half, weighted = Unstructured(0.5, "layer"), replace(task, row_weight_O=rows_O)
-    plain, kept = (prune_linear(each, half, Methods(Magnitude())).keep_OD for each in (task, weighted))
-    assert int(kept[3].sum()) > int(plain[3].sum())
-    assert int(kept.sum()) == int(plain.sum())
-
-
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_a_model_without_gradients_takes_the_sink_and_says_so(pattern: str) -> None:
     with torch.inference_mode():
@@ -126,32 +92,6 @@ def test_so_does_one_whose_kernels_have_no_backward_pass() -> None:
     report = prune(model, Recipe(), calibration=make_tokens())
     (note,) = [note for note in report.run.notes if "objective sink replaces objective loss" in note]
     assert "has no backward pass (" in note
-
-
-def test_gradients_that_overflow_inside_the_first_block_are_noted() -> None:
-    model = make_llama()
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(5e-3)
-        model.lm_head.weight.mul_(300.0)
-        model.model.layers[0].mlp.down_proj.weight.mul_(300.0)
-    report = prune(model.half(), Recipe(batch_size=4), calibration=make_tokens(8, 16))
-    assert any("objective sink replaces objective loss" in note for note in report.run.notes)
-
-
-def test_an_expert_that_no_token_reached_takes_nothing_from_others() -> None:
-    arguments = FAMILIES["mixtral"][2] | {"num_local_experts": 5}
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(MixtralConfig(**arguments)).eval()
-    with torch.no_grad():
-        for name, router_ED in model.named_parameters():
-            if name.endswith("gate.weight"):  # two of the first four are always before the last
-                router_ED.copy_(torch.tensor([1.0, 0.9, -1.0, -0.9, 0.0])[:, None] * router_ED[0])
-    report = prune(copy.deepcopy(model), Recipe(batch_size=4, allocation="loss"), calibration=make_ids(16))
-    experts = [linear for linear in report.linears if ".experts." in linear.name]
-    unreached = [linear for linear in experts if not linear.tokens]
-    assert unreached
-    # Rounding to whole weights of a row moves a sparsity by as much.
-    assert min(each.sparsity for each in unreached) > max(each.sparsity for each in experts) - 1e-3
 
 
 @pytest.mark.parametrize("make", [make_llama, make_bert])
@@ -200,25 +140,3 @@ def test_experts_of_few_tokens_and_of_a_part_of_the_sequences(monkeypatch: pytes
         assert found.effective[name] == pytest.approx(float(every_T.sum() ** 2 / every_T.square().sum()))
     for name, row_O in found.rows.items():
         assert (float(row_O.std()) < 1e-6 * float(row_O.mean())) == (name in found.routed), name
-
-
-def test_a_sensitivity_pass_over_some_batches_has_the_weights_of_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.fisher.LEAST_TOKENS", 1)
-    monkeypatch.setattr("optima.calibration.weights.EFFECTIVE", 0)
-    model = make_llama()
-    stack = stack_of(model)
-    acts = capture(model, stack, list(make_tokens(8, 16).split(2)), whole=True)
-    taken = fisher_batches(acts, 0.5)
-    assert taken == [0, 2]
-    found, seen = fisher_weights(model, stack, acts, seed=3), {}
-
-    def spy(task: LinearTask) -> Tensor:
-        seen[task.name] = task.hessian.matrix_DD
-        return saliency_quantiles(task)
-
-    monkeypatch.setattr(sys.modules["optima.prune"], "saliency_quantiles", spy)
-    monkeypatch.setattr(sys.modules["optima.prune"], "FISHER_FRACTION", 0.5)
-    sensitivity_pass(stack, acts, found, RunState(Recipe(), Methods(Magnitude()), torch.device("cpu")))
-    for each in observe(stack.blocks[0], acts.part(taken), 0.0, 0.01, None, found.part(taken)):
-        assert each.statistics is not None
-        torch.testing.assert_close(seen[each.linears[0].name], each.statistics.hessian.matrix_DD)

@@ -54,19 +54,15 @@ class Calls(nn.Module):
         return hidden
 
 
-def streams_into(
-    model: nn.Module, batches: tuple[Tensor, ...], targets: tuple[str, ...] = (".*",)
-) -> tuple[Block, Activations]:
+def first_block(model: nn.Module, batches: tuple[Tensor, ...]) -> tuple[Block, Activations]:
     """The first block, and what enters it."""
-    (stack,) = select_linears(find_stacks(model), targets, [])
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
     return stack.blocks[0], capture(model, stack, batches)
 
 
-def collect(
-    model: nn.Module, batches: tuple[Tensor, ...], sink_weight: float = 0.0, targets: tuple[str, ...] = (".*",)
-) -> list[Found]:
-    block, acts = streams_into(model, batches, targets)
-    return list(observe(block, acts, sink_weight, damping=0.01))
+def collect(model: nn.Module, batches: tuple[Tensor, ...]) -> list[Found]:
+    block, acts = first_block(model, batches)
+    return list(observe(block, acts, 0.0, damping=0.01))
 
 
 def names(found: list[Found]) -> list[list[str]]:
@@ -92,61 +88,33 @@ def captured_inputs(model: nn.Module, linears: tuple[Linear, ...], batches: tupl
     return {name: torch.cat(tensors) for name, tensors in seen.items()}
 
 
+@pytest.mark.parametrize("weights", [0.0, 1 / 32, 0.5, "fisher"])
 @pytest.mark.parametrize("batch_size", [1, 2])  # 2 leaves a last batch of one
-def test_equals_the_definition(batch_size: int) -> None:
+def test_equals_the_definition(batch_size: int, weights: float | str) -> None:
+    """X^T S X / tr S: tokens weigh alike, as first tokens do, or as the gradient pass found."""
     model, batches = make_llama(), make_tokens(5, 16).split(batch_size)
-    collected = collect(model, batches)
+    block, acts = first_block(model, batches)
+    fisher, weight_NL = None, torch.ones(5, 16)
+    if isinstance(weights, float):
+        weight_NL[:, 0] = max(1.0, weights * 16)
+    else:
+        weight_NL = torch.rand(5, 16, generator=torch.Generator().manual_seed(4)) ** 2
+        own = [own_NL.flatten() for own_NL in weight_NL.split(batch_size)]
+        fisher = FisherWeights("", {group[0].name: own for group in acts.groups(block)})
+    collected = list(observe(block, acts, weights if isinstance(weights, float) else 0.0, 0.01, None, fisher))
     assert names(collected) == GROUPS
     inputs = captured_inputs(model, blocks_of(model)[0].linears, batches)
+    weight_T1 = weight_NL.double().reshape(-1, 1)
     for found in collected:
+        assert found.statistics is not None
+        assert found.statistics.tokens == 80
         for linear in found.linears:
-            inputs_TD = inputs[linear.name]
-            assert len(inputs_TD) == 5 * 16
-            expected_DD = inputs_TD.T @ inputs_TD / len(inputs_TD)
-            torch.testing.assert_close(hessian_DD(found), expected_DD, rtol=1e-5, atol=1e-6 * float(expected_DD.max()))
-
-
-@pytest.mark.parametrize(("sink_weight", "counts_as"), [(0.0, 1.0), (1 / 32, 1.0), (0.5, 8.0)])
-def test_first_tokens_weigh_more(sink_weight: float, counts_as: float) -> None:
-    model, batches = make_llama(), make_tokens(5, 16).split(2)
-    collected = collect(model, batches, sink_weight)
-    inputs = captured_inputs(model, blocks_of(model)[0].linears, batches)
-    weight_T1 = torch.ones(5, 16, dtype=torch.float64)
-    weight_T1[:, 0] = counts_as
-    weight_T1 = weight_T1.reshape(-1, 1)
-    for found in collected:
-        inputs_TD = inputs[found.linears[0].name]
-        expected_DD = (weight_T1 * inputs_TD).T @ inputs_TD / weight_T1.sum()
-        torch.testing.assert_close(hessian_DD(found), expected_DD, rtol=1e-5, atol=1e-6 * float(expected_DD.max()))
-        statistics = found.statistics
-        assert statistics is not None
-        assert statistics.tokens == 80
+            expected_DD = (weight_T1 * inputs[linear.name]).T @ inputs[linear.name] / weight_T1.sum()
+            torch.testing.assert_close(hessian_DD(found), expected_DD, rtol=1e-4, atol=1e-6 * float(expected_DD.max()))
 
 
 TABLE_VD = torch.rand(40, 4, generator=torch.Generator().manual_seed(0))
 IDS = torch.randint(40, (6, 12), generator=torch.Generator().manual_seed(1))
-
-
-def test_first_tokens_are_found_by_the_shape_of_a_call() -> None:
-    """As in OPT, whose MLP is given (B * L, D), and in a mixture, which gives its experts some of the tokens."""
-
-    def forward(block: Calls, hidden_BLD: Tensor) -> None:
-        block.plain(hidden_BLD)
-        block.flat(hidden_BLD.flatten(0, 1))
-        block.heads(hidden_BLD[:, None])  # one for all heads, as in DeepSeek
-        for expert, wanted in zip(block.experts, (torch.ones(len(hidden_BLD)), torch.zeros(1)), strict=True):
-            expert(hidden_BLD[: int(wanted.sum())].flatten(0, 1).flip(0))  # as many as there are, in another order
-
-    experts = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
-    block = Calls(forward, **{name: nn.Linear(4, 2) for name in ("plain", "flat", "heads")}, experts=experts)
-    collected = collect(Host(block, TABLE_VD), IDS.split(3), sink_weight=1.0)
-    plain, flat, heads, expert, unused = collected
-    assert torch.equal(hessian_DD(plain), hessian_DD(flat))
-    assert torch.equal(hessian_DD(plain), hessian_DD(heads))
-    assert [found.weighted for found in collected[:4]] == [True, True, True, False]
-    assert unused.statistics is None
-    inputs_TD = TABLE_VD[IDS].flatten(0, 1).double()
-    torch.testing.assert_close(hessian_DD(expert), inputs_TD.mT @ inputs_TD / len(inputs_TD), rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_tensor_is_shared_and_an_equal_one_is_not() -> None:
@@ -231,20 +199,3 @@ def test_a_run_notes_where_the_weights_of_tokens_do_not_count(allocation: str | 
     assert len(about) == (objective != "plain")
     assert all("layers.1" in note and "model.layers.1.mlp.expert, model.layers.1.mlp.twin:" in note for note in about)
     assert "model.layers.1.mlp.expert" in {linear.name for linear in report.linears}
-
-
-def test_tokens_weigh_the_roots_of_their_squares() -> None:
-    """H = X^T S X / tr S, S the roots of the squares."""
-    model, batches = make_llama(), make_tokens(5, 16).split(2)
-    block, acts = streams_into(model, batches)
-    square_T = torch.rand(80, generator=torch.Generator().manual_seed(4)) ** 4
-    weight_T = square_T.sqrt() / square_T.sqrt().mean()
-    loss = FisherWeights("", {group[0].name: list(weight_T.split(32)) for group in acts.groups(block)})
-    collected = list(observe(block, acts, 0.0, 0.01, None, loss))
-    assert names(collected) == GROUPS
-    inputs = captured_inputs(model, blocks_of(model)[0].linears, batches)
-    root_T1 = square_T.double().sqrt()[:, None]
-    for found in collected:
-        inputs_TD = inputs[found.linears[0].name]
-        expected_DD = (root_T1 * inputs_TD).mT @ inputs_TD / root_T1.sum()
-        torch.testing.assert_close(hessian_DD(found), expected_DD, rtol=1e-4, atol=1e-6 * float(expected_DD.max()))

@@ -1,6 +1,5 @@
 """Weights of tokens: never so that too few decide."""
 
-import families
 import pytest
 import torch
 from tiny import make_bert, make_llama, make_tokens
@@ -8,7 +7,7 @@ from transformers import PreTrainedModel
 
 from optima.calibration import fisher
 from optima.calibration.activations import Activations, capture
-from optima.calibration.fisher import fisher_weights, start_alike
+from optima.calibration.fisher import start_alike
 from optima.calibration.weights import EFFECTIVE, Moments, row_weights
 from optima.models.blocks import find_stacks
 
@@ -103,21 +102,6 @@ def test_a_start_that_sees_later_tokens_is_not_one_input(share: float, monkeypat
     (stack,) = find_stacks(model)
     acts = capture(model, stack, list(tokens_NL.split(1 if share < 1.0 else 3)), whole=True)
     assert not starts_alike(model, acts.part(fisher.fisher_batches(acts, share)))
-
-
-def test_versions_of_hidden_states_are_used_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSeek-V4 has (B, L, 3, E); linears do not."""
-    monkeypatch.setattr(fisher, "LEAST_TOKENS", 1)
-    model, tokens_NL = families.build("deepseek_v4"), families.make_ids(8, 16)
-    tokens_NL[:, 0] = 1
-    (stack,) = find_stacks(model)
-    acts = capture(model, stack, list(tokens_NL.split(1)), whole=True)
-    taken = [fisher.fisher_batches(acts, share) for share in (0.25, 0.4, 0.6, 1.0)]
-    assert taken == [[0, 4], [0, 2, 5, 7], [0, 1, 3, 5, 6], list(range(8))]
-    found = fisher_weights(model, stack, acts, seed=0, share=0.25)
-    for name, batches in found.tokens.items():
-        assert {len(square_T) for square_T in batches} == {16}, name
-        assert batches[1].equal(batches[2])
 
 
 def test_rows_of_few_tokens_are_shrunk_towards_their_mean() -> None:
