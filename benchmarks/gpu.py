@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from optima.calibration.accumulator import Accumulator
+from optima.calibration.statistics import Accumulator
 from optima.core import SOLVERS, Hessian, RowSolver
 from optima.core.statistics import Statistics
 from optima.device import Stopwatch
@@ -137,12 +137,10 @@ def activations(size: int, shape: Shape, device: torch.device) -> Iterator[Tenso
 
 def accumulate(size: int, shape: Shape, clock: Clock) -> tuple[Hessian, float]:
     """The hessian of one distinct input, and the seconds spent on it (not on making activations up)."""
-    accumulator, seconds = Accumulator(), 0.0
+    accumulator, seconds = Accumulator(size, clock.device), 0.0
     for inputs_TD in activations(size, shape, clock.device):
         seconds += clock(lambda inputs_TD=inputs_TD: accumulator.add(inputs_TD))
-    statistics = accumulator.finish(damping=0.01)
-    assert statistics is not None
-    return statistics.hessian, seconds
+    return Hessian(accumulator.mean(), 0.01), seconds
 
 
 def prune(

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from optima.calibration.accumulator import share_out
-from optima.calibration.correlation import MOST_ROWS
 from optima.calibration.fisher import LEAST_TOKENS
+from optima.calibration.statistics import share_out
+from optima.calibration.weights import MOST_ROWS
 from optima.core.problem import chunk_rows
 from optima.distributed import STRIP_BYTES
 from optima.recipe import FISHER_FRACTION
@@ -68,11 +68,11 @@ class Group:
 
     @property
     def cost(self) -> float:
-        """As ``optima.calibration.accumulator.cost`` shares work out."""
+        """As ``optima.calibration.statistics.cost`` shares work out."""
         return float(self.inputs**3 + 10 * self.weights * self.inputs)
 
     def coupled(self, counts: Counts) -> list[int]:
-        """Outputs of the linears whose rows are coupled: see ``optima.calibration.correlation.couples``."""
+        """Outputs of the linears whose rows are coupled: see ``optima.calibration.weights.couples``."""
         most = min(self.inputs, MOST_ROWS) if counts.selector is not None and self.copies == 1 else 0
         return [outputs for outputs in self.outputs if outputs <= most]
 

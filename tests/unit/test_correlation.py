@@ -11,9 +11,9 @@ from layers import layer_of, make_layer
 from tiny import make_llama, make_tokens
 
 from optima.calibration.activations import capture
-from optima.calibration.correlation import SHRINKAGE, correlated_rows, couples
 from optima.calibration.fisher import fisher_weights
 from optima.calibration.lm_head import label_gradient
+from optima.calibration.weights import SHRINKAGE, correlated_rows, couples
 from optima.core.shifted import (
     coupled_inverse,
     eigen_inverse,

@@ -26,9 +26,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optima.calibration.activations import Activations, hidden_of, moved
-from optima.calibration.correlation import correlated_rows, couples, products_of_halves
 from optima.calibration.lm_head import at_the_head, outside_device
-from optima.calibration.weights import POWER, FisherWeights, Moments, row_weights
+from optima.calibration.weights import (
+    POWER,
+    FisherWeights,
+    Moments,
+    correlated_rows,
+    couples,
+    products_of_halves,
+    row_weights,
+)
 from optima.device import backward_explained, differentiable, give_back_freed_memory
 from optima.distributed import Ranks
 from optima.errors import NotDifferentiableError
@@ -290,7 +297,7 @@ class _BlockSums:
         experts: names of the experts' linears.
         reached: by linear: the number of its tokens.
         residual_EE: the sum over tokens of g g^T at the block's outputs of size ``residual``; None if that is 0.
-        halves: by linear: see ``correlation.products_of_halves``.
+        halves: by linear: see ``weights.products_of_halves``.
     """
 
     def __init__(self, block: Block, part: Activations, residual: int, coupled: bool) -> None:

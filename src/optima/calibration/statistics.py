@@ -10,7 +10,7 @@ that of all tokens of the block, as though D more had been drawn from those: H =
 expert's second linear, H_all is of a sample of all tokens that runs through the expert's first one. All Hessians of a
 block may be far more than fit (114 GB in DeepSeek-V3): the block runs once for each group of experts whose Hessians do.
 
-Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, N tokens of a sample.
+Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, O outputs, N tokens of a sample.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.accumulator import Accumulator, owners_of, reduce_to
 from optima.calibration.activations import Activations, moved
 from optima.calibration.weights import FisherWeights
 from optima.core.hessian import Hessian
-from optima.core.products import all_finite
+from optima.core.problem import chunk_rows
+from optima.core.products import ROUND_ROWS, add_gram, all_finite, mirror
 from optima.core.statistics import Statistics, sampling_step
-from optima.device import Stopwatch, full_precision
+from optima.device import Stopwatch, bfloat16_products, full_precision
+from optima.distributed import Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError
 from optima.models.blocks import DOWN, Block, ExpertLinear, FusedExperts, Linear
 from optima.models.inputs import rows_of
@@ -40,6 +41,8 @@ from optima.recipe import EXPERT_BYTES
 Group = tuple[Linear, ...]
 # Tokens of a block that stand for all of them at an expert's second linear.
 COMMON_TOKENS = 2048
+# A linear's products of O x D x D, for select, solve and rounding; its Hessian costs a few of D^3.
+PRODUCTS = 10
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,84 @@ def _portions(groups: Sequence[Group]) -> list[list[Group]]:
     return portions
 
 
+class Accumulator:
+    """X^T S X over the tokens seen so far, S their weights: float32 products of each batch, summed in float64.
+
+    Where X is of bfloat16, so is S^1/2 X.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.tokens = 0
+        self.weight: float | Tensor = 0.0  # tr S; a tensor stays on the device, and is not waited for
+
+    def add(self, inputs_TD: Tensor, weight_T: Tensor | None = None) -> None:
+        """Add tokens that weigh 1 each, or ``weight_T``. Out of memory, it adds nothing at all."""
+        tokens = len(inputs_TD)
+        weight = tokens if weight_T is None else weight_T.sum(dtype=torch.float64)
+        if weight_T is not None:
+            weighted_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
+            # Rounded as the model rounds its inputs, for bfloat16 multiplies faster.
+            inputs_TD = weighted_TD.bfloat16() if inputs_TD.dtype == torch.bfloat16 else weighted_TD
+        # oneDNN compiles a product for each number of tokens: zeros make the numbers at experts repeat.
+        if missing := -tokens % ROUND_ROWS:
+            inputs_TD = nn.functional.pad(inputs_TD, (0, 0, 0, missing))
+        with bfloat16_products() if inputs_TD.dtype == torch.bfloat16 else nullcontext():
+            add_gram(self.sum_DD, inputs_TD)
+        self.tokens, self.weight = self.tokens + tokens, self.weight + weight
+
+    def mean(self) -> Tensor:
+        """X^T S X / tr S, (D, D), float64. The sum is used up."""
+        return mirror(self.sum_DD).div_(float(self.weight))
+
+
+def reduce_to(owners: Mapping[str, int | None], sums: dict[str, Accumulator], ranks: Ranks) -> None:
+    """Add up the sums of all ranks at their owners, or at all ranks where the owner is None. All ranks call it.
+
+    They are removed elsewhere, and where no rank has tokens.
+    """
+    every = ranks.gather({name: (sums[name].tokens, float(sums[name].weight)) for name in owners})
+    for name, owner in owners.items():
+        tokens, weights = zip(*(counts[name] for counts in every), strict=True)
+        sums[name].tokens, sums[name].weight = sum(tokens), sum(weights)
+        if sum(tokens):
+            ranks.all_reduce_(sums[name].sum_DD, owner)
+        if not sum(tokens) or owner not in (None, ranks.rank):
+            del sums[name]
+
+
+def owners_of(groups: Sequence[Sequence[Linear]], ranks: int, device: torch.device) -> dict[str, int | None]:
+    """The rank that prunes each group of linears, by its first linear; None: all ranks together."""
+    chunked = [
+        any(chunk_rows(linear.shape[1], linear.shape[0], device) < linear.shape[0] for linear in group)
+        for group in groups
+    ]
+    owners = share_out([cost(group) for group in groups], ranks, chunked) if ranks > 1 else [0] * len(groups)
+    return {group[0].name: owner for group, owner in zip(groups, owners, strict=True)}
+
+
+def share_out(costs: Sequence[float], ranks: int, divisible: Sequence[bool] = ()) -> list[int | None]:
+    """The owner of each task: the largest task first, each to the rank with the least work.
+
+    None, for a task above a fair share that is ``divisible`` (all are, if it is empty): all ranks do it together.
+    """
+    load, fair = [0.0] * ranks, sum(costs) / ranks
+    owners: list[int | None] = [None] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        together = ranks > 1 and costs[index] > fair and (not divisible or divisible[index])
+        if not together:
+            least = min(range(ranks), key=load.__getitem__)
+            owners[index] = least
+            load[least] += costs[index]
+    return owners
+
+
+def cost(group: Sequence[Linear]) -> float:
+    """Of a group's linears and their Hessian, in multiplications."""
+    size = group[0].shape[1]
+    return float(size**3 + PRODUCTS * sum(linear.shape[0] for linear in group) * size**2)
+
+
 class _AllSeen(Exception):  # noqa: N818 - not an error
     """Stops a block's forward pass before the product of its last linear, which nobody needs."""
 
@@ -153,9 +234,11 @@ class _Hessians:
 
     def accumulate(self, groups: Sequence[Group], whole: bool = False, onward: bool = False) -> None:
         """Sum over all tokens at ``groups``. The other experts run if the ``whole`` block does."""
-        self.sums, self._batch, self._stops = {group[0].name: Accumulator() for group in groups}, -1, not onward
+        device, ranks = self.acts.device, self.acts.ranks
+        self.sums = {group[0].name: Accumulator(group[0].shape[1], device) for group in groups}
+        self._batch, self._stops = -1, not onward
         mixtures = {group[0].expert.experts for group in groups if group[0].expert is not None} - self.common.keys()
-        commons = {experts.name: Accumulator() for experts in mixtures}
+        commons = {experts.name: Accumulator(Linear("", experts.up[0]).shape[1], device) for experts in mixtures}
         self.samples = {experts: [] for experts in mixtures}
         with ExitStack() as stack:
             for group in groups:
@@ -171,9 +254,8 @@ class _Hessians:
             for batch in range(0 if onward or not groups else len(self.acts.sizes)):
                 self.acts.map_microbatches(batch, partial(self._run, batch))
         _check(self.sums | commons)
-        ranks = self.acts.ranks
         for experts in sorted(mixtures, key=lambda experts: experts.name):
-            reduce_to({experts.name: None}, commons, ranks, self.acts.device)
+            reduce_to({experts.name: None}, commons, ranks)
             if samples := [each for own in ranks.all_gather(self.samples[experts]) for each in own]:
                 rows_ND, weight_N = (torch.cat(parts) for parts in zip(*samples, strict=True))
                 self.common[experts] = _Common(commons[experts.name].mean(), rows_ND, weight_N)
@@ -252,19 +334,21 @@ class _Hessians:
 
     def finish(self, groups: Sequence[Group]) -> Iterator[Found]:
         """The statistics of ``groups``; those that all ranks solve together come first."""
-        ranks, device = self.acts.ranks, self.acts.device
-        owners = owners_of(groups, ranks.size, device)
+        ranks = self.acts.ranks
+        owners = owners_of(groups, ranks.size, self.acts.device)
         with self.stopwatch("reduce") if ranks.size > 1 else nullcontext():
-            reduce_to(owners, self.sums, ranks, device)
+            reduce_to(owners, self.sums, ranks)
         for group in sorted(groups, key=lambda group: (_leads(group), owners[group[0].name] is not None)):
             name, expert, owner = group[0].name, group[0].expert, owners[group[0].name]
-            total, statistics = self.sums.pop(name), None
-            if owner in (None, ranks.rank):
-                statistics = total.finish(self.damping) if expert is None else self._shrunk(name, expert, total)
+            total, statistics = self.sums.pop(name, None), None
+            if expert is not None and owner in (None, ranks.rank):
+                statistics = self._shrunk(name, expert, total)
+            elif total is not None:
+                statistics = Statistics(Hessian(total.mean(), self.damping), total.tokens)
             yield Found(statistics, group, name not in self.unweighted, owner)
             del statistics  # or it would be in memory with the next
 
-    def _shrunk(self, name: str, expert: ExpertLinear, own: Accumulator) -> Statistics | None:
+    def _shrunk(self, name: str, expert: ExpertLinear, own: Accumulator | None) -> Statistics | None:
         """An expert's statistics, as though D tokens had been drawn from all of the block besides its own."""
         common = self.common.get(expert.experts)
         if common is None:
@@ -273,22 +357,20 @@ class _Hessians:
         if expert.parameter == DOWN:
             with torch.no_grad(), full_precision():
                 rows_ND = expert.experts.hidden(expert.expert, common.rows_ND)
-            inner = Accumulator()
+            inner = Accumulator(rows_ND.shape[1], rows_ND.device)
             inner.add(rows_ND, common.weight_N)
             _check({name: inner})
             mean_DD = inner.mean()
-        tokens = own.tokens
-        if not tokens:
+        if own is None:
             return Statistics(Hessian(mean_DD.clone(), self.damping))
-        share = tokens / (tokens + len(mean_DD))
-        return Statistics(Hessian(own.mean().mul_(share).add_(mean_DD, alpha=1.0 - share), self.damping), tokens)
+        share = own.tokens / (own.tokens + len(mean_DD))
+        return Statistics(Hessian(own.mean().mul_(share).add_(mean_DD, alpha=1.0 - share), self.damping), own.tokens)
 
 
 def _check(sums: Mapping[str, Accumulator]) -> None:
     """One look at the device for all sums. NaN and Inf show on the diagonal, wherever in a column they are."""
-    known = {name: each.sum_DD.diagonal() for name, each in sums.items() if each.sum_DD is not None}
-    if not all_finite(*known.values()):
-        name = next(name for name, diagonal_D in known.items() if not all_finite(diagonal_D))
+    if not all_finite(*(each.sum_DD.diagonal() for each in sums.values())):
+        name = next(name for name, each in sums.items() if not all_finite(each.sum_DD.diagonal()))
         raise CalibrationError(f"the inputs of {name} contain NaN or Inf: {OTHER_DTYPE}")
 
 

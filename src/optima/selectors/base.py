@@ -28,7 +28,7 @@ class LinearTask:
         statistics: of the linear's inputs.
         row_weight_O: Fisher weights of the rows, positive, of any scale; None if rows count alike. What a selector
             gets from ``prune_linear`` is scaled by their roots already.
-        coupling_OO: row correlation, see ``calibration.correlation``; None where it is not known.
+        coupling_OO: row correlation, see ``calibration.weights``; None where it is not known.
     """
 
     name: str

@@ -10,7 +10,7 @@ by w_i^2 H_ii. With all others making up for it the saliency is w_i^2 / K_ii, K 
 On a sparse mask the truth lies between: here a unit is the root of H_ii^(1-theta) K_ii^(-theta) with theta = 3/4. And
 rho rises slowly, from where the fit is nearly free to where the mask is settled.
 
-With the correlation of rows in the loss (``calibration.correlation``), errors of rows that would add up are not
+With the correlation of rows in the loss (``calibration.weights``), errors of rows that would add up are not
 chosen together: with C between the rows as H is between the inputs, C (B - W) H + rho (B - W) = rho (D - U - W), in
 units of the rows that are made of C as those of the inputs are of H.
 
