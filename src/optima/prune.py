@@ -138,7 +138,6 @@ def prune_block(
     """
     pruned = Pruned()
     for found in collect_hessians(block, acts, fisher, run, clock):
-        effective = None if fisher is None else fisher.effective.get(found.linears[0].name)
         pruned.owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
         for linear in found.linears if found.owner in (None, run.ranks.rank) else ():
             if found.statistics is None:
@@ -152,7 +151,7 @@ def prune_block(
             result = prune_linear(task, patterns[linear.name], run.methods, linear.read().dtype, clock, ranks)
             linear.write(result.weight_OD)
             index = run.first_block + block.index
-            record = replace(result.record, block=index, tokens_effective=effective)
+            record = replace(result.record, block=index)
             pruned.records[linear.name], pruned.notes[linear.name] = record, result.notes
             run.progress.linear(record)
             if for_tuning:
@@ -178,12 +177,6 @@ def collect_hessians(
     """The statistics of each group of linears with one input; ``onward``: ``acts`` become the block's outputs."""
     sink_weight = 0.0 if fisher is not None or run.recipe.objective == "plain" else SINK_WEIGHT
     for found in observe(block, acts, sink_weight, run.recipe.damping, clock, fisher, onward):
-        if not found.weighted:
-            names = ", ".join(linear.name for linear in found.linears)
-            what, why = "sink_weight does not count", "they do not get one input for each token"
-            if fisher is not None:
-                what, why = "weights of tokens do not count", f"{why}, or have no gradient"
-            run.note(f"{block.name}: {what} for {names}: {why}")
         yield found
         del found  # or its Hessian would be in memory during the next pass
 

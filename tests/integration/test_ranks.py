@@ -69,7 +69,6 @@ def same_but_for_time(first: str, second: str) -> None:
     for a, b in zip(one.linears, other.linears, strict=True):
         assert (a.tokens, a.damping, a.sparsity) == (b.tokens, b.damping, b.sparsity)
         assert a.error == pytest.approx(b.error, rel=1e-3)
-        assert (a.tokens_effective or 0.0) == pytest.approx(b.tokens_effective or 0.0, rel=1e-6)
     assert [block.tuning_epoch for block in one.blocks] == [block.tuning_epoch for block in other.blocks]
 
 
@@ -134,8 +133,6 @@ def test_four_with_batches_that_begin_elsewhere() -> None:
     assert masks <= 0.1  # one weight that goes the other way early on decides where ADMM ends, in matrices as small
     one, four = optima.load_report("one"), optima.load_report("four")
     assert four.error_geomean == pytest.approx(one.error_geomean, rel=0.1)
-    for before, after in zip(one.linears[:7], four.linears, strict=False):
-        assert before.tokens_effective == pytest.approx(after.tokens_effective, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,6 @@ def test_hessians_of_experts_by_the_definition(family: str, sink: float) -> None
         expected_DD = (count * mean_DD(own[number], inner) + len(all_DD) * all_DD) / (count + len(all_DD))
         assert each.statistics is not None
         assert each.statistics.tokens == count
-        assert each.weighted
         torch.testing.assert_close(matrix_DD(each), expected_DD, rtol=1e-4, atol=1e-5 * float(expected_DD.max()))
 
 

@@ -117,12 +117,11 @@ def test_a_run_passes_the_weights_of_rows_to_the_selector() -> None:
             seen[task.name] = task.row_weight_O
             return super().select(task, pattern)
 
-    report = prune(make_llama(), Recipe(selector=Spy(), seed=3, batch_size=4), calibration=make_tokens(8, 16))
+    prune(make_llama(), Recipe(selector=Spy(), seed=3, batch_size=4), calibration=make_tokens(8, 16))
     found, _ = fisher_of(make_llama().eval(), 4)
     assert seen.keys() == found.rows.keys()
     for name in found.rows:
         torch.testing.assert_close(seen[name], found.rows[name], rtol=1e-4, atol=0.0)
-    assert all(0.0 < linear.tokens_effective <= linear.tokens for linear in report.linears)  # type: ignore[operator]
 
 
 def test_experts_of_few_tokens_and_of_a_part_of_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +133,5 @@ def test_experts_of_few_tokens_and_of_a_part_of_the_sequences(monkeypatch: pytes
     acts = capture(model, stack, list(make_ids(8, 16).split(2)), whole=True)
     found = fisher_weights(model, stack, acts, seed=0, share=0.5)
     assert found.routed
-    for name, pairs in found.routed.items():
-        known_T = torch.cat([own_T for _, own_T in pairs])
-        every_T = torch.cat([known_T, torch.ones_like(known_T)])  # as many are to come
-        assert found.effective[name] == pytest.approx(float(every_T.sum() ** 2 / every_T.square().sum()))
     for name, row_O in found.rows.items():
         assert (float(row_O.std()) < 1e-6 * float(row_O.mean())) == (name in found.routed), name

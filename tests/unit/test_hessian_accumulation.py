@@ -173,26 +173,3 @@ def test_a_run_leaves_a_linear_that_is_never_called_and_says_so(allocation: str)
     assert torch.equal(model.model.layers[1].adapter.weight, before)
     assert sum("model.layers.1.adapter was not pruned" in note for note in report.run.notes) == 1
     assert "model.layers.1.adapter" not in {linear.name for linear in report.linears}
-
-
-class Routed(nn.Module):
-    """An MLP with two linears that are given some of the tokens, the same ones."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp, self.expert, self.twin = mlp, nn.Linear(32, 32), nn.Linear(32, 32)
-
-    def forward(self, hidden_BLD: Tensor) -> Tensor:
-        some_BLD = hidden_BLD[:, 1:]
-        return self.mlp(hidden_BLD) + nn.functional.pad(self.expert(some_BLD) + self.twin(some_BLD), (0, 0, 1, 0))
-
-
-@pytest.mark.parametrize(("allocation", "objective"), [("loss", "loss"), (None, "sink"), (None, "plain")])
-def test_a_run_notes_where_the_weights_of_tokens_do_not_count(allocation: str | None, objective: str) -> None:
-    model = make_llama()
-    model.model.layers[1].mlp = Routed(model.model.layers[1].mlp)
-    report = prune(model, Recipe(allocation=allocation, objective=objective), calibration=make_tokens(4, 64))
-    about = [note for note in report.run.notes if "not count" in note]
-    assert len(about) == (objective != "plain")
-    assert all("layers.1" in note and "model.layers.1.mlp.expert, model.layers.1.mlp.twin:" in note for note in about)
-    assert "model.layers.1.mlp.expert" in {linear.name for linear in report.linears}

@@ -21,12 +21,9 @@ def effective(weight_T: torch.Tensor) -> float:
     return float(weight_T.sum() ** 2 / weight_T.square().sum())
 
 
-def weights_of(
-    square_T: torch.Tensor, inputs: int, start_T: torch.Tensor | None = None
-) -> tuple[Moments, torch.Tensor]:
+def weights_of(square_T: torch.Tensor, inputs: int, start_T: torch.Tensor | None = None) -> torch.Tensor:
     start_T = torch.zeros(len(square_T), dtype=torch.bool) if start_T is None else start_T
-    moments = Moments.of(list(square_T[~start_T].split(300)), inputs)
-    return moments, moments.weights(square_T, start_T)
+    return Moments.of(list(square_T[~start_T].split(300)), inputs).weights(square_T, start_T)
 
 
 @pytest.mark.parametrize("inputs", [0, 1, 10, 40, 124, 125, 1000])
@@ -34,10 +31,9 @@ def test_effective_tokens_for_each_input(inputs: int) -> None:
     square_T = heavy_tailed(1000)
     rooted = effective(square_T.sqrt())
     assert EFFECTIVE < rooted < 40 * EFFECTIVE, "some of the cases are bound by it"
-    moments, weight_T = weights_of(square_T, inputs)
+    weight_T = weights_of(square_T, inputs)
     assert float(weight_T.mean()) == pytest.approx(1.0, rel=1e-4)
     assert effective(weight_T) == pytest.approx(max(rooted, min(EFFECTIVE * inputs, 1000)), rel=1e-3)
-    assert moments.effective == pytest.approx(effective(weight_T), rel=1e-3)
     if rooted < EFFECTIVE * inputs < 1000:
         order = square_T.argsort()
         assert bool((weight_T[order].diff() >= 0).all()), "who matters more goes on mattering more"
@@ -47,15 +43,12 @@ def test_effective_tokens_for_each_input(inputs: int) -> None:
 
 def test_tokens_without_gradients_have_the_mean() -> None:
     square_T = heavy_tailed(500)
-    root_T = square_T.sqrt()
-    every_T = torch.cat([root_T, root_T.mean().expand(1500)])
     for inputs in (0, 100):
         moments = Moments.of([square_T], inputs).among(2000)
         assert moments.tokens == 2000
-        assert moments.effective == pytest.approx(max(effective(every_T), EFFECTIVE * inputs), rel=1e-3)
-        assert float(moments.weights(square_T, torch.zeros(500, dtype=torch.bool)).mean()) == pytest.approx(
-            1.0, rel=1e-4
-        )
+        weight_T = moments.weights(square_T, torch.zeros(500, dtype=torch.bool))
+        assert float(weight_T.mean()) == pytest.approx(1.0, rel=1e-4)
+        assert effective(torch.cat([weight_T, torch.ones(1500)])) >= EFFECTIVE * inputs * 0.999
 
 
 def test_a_start_that_all_sequences_share_is_not_counted_and_keeps_its_weight() -> None:
@@ -63,12 +56,11 @@ def test_a_start_that_all_sequences_share_is_not_counted_and_keeps_its_weight() 
     square_T = heavy_tailed(1000)
     start_T = torch.arange(1000) % length == 0
     square_T[start_T] *= 1e6
-    moments, weight_T = weights_of(square_T, inputs, start_T)
+    weight_T = weights_of(square_T, inputs, start_T)
     root_T = square_T.sqrt()
     assert torch.allclose(weight_T[start_T], root_T[start_T] / root_T[~start_T].mean())
     assert float(weight_T[~start_T].mean()) == pytest.approx(1.0, rel=1e-4)
     assert effective(root_T[~start_T]) < EFFECTIVE * inputs == pytest.approx(effective(weight_T[~start_T]), rel=1e-3)
-    assert moments.effective == pytest.approx(EFFECTIVE * inputs, rel=1e-3)
 
 
 def starts_alike(model: PreTrainedModel, acts: Activations) -> bool:

@@ -217,7 +217,6 @@ class _GradientPass:
                 moments = moments.among(moments.tokens * self.acts.tokens / tokens)
             if not moments.total:
                 continue
-            found.effective[name] = moments.effective
             weights = [moments.weights(square_T, start_T) for square_T, start_T in self._with_starts(squares)]
             if routed:
                 places = [(square_T >= 0.0).nonzero()[:, 0].int() for square_T in squares]

@@ -52,13 +52,11 @@ class Found:
     Attributes:
         statistics: of the input; None if no token reached the linears, or on other ranks than the owner.
         linears: the linears.
-        weighted: False if the weights of tokens do not count, since it is not known which tokens reached the linears.
         owner: the rank that prunes them; None: all ranks together.
     """
 
     statistics: Statistics | None
     linears: Group
-    weighted: bool = True
     owner: int | None = 0
 
 
@@ -224,7 +222,6 @@ class _Hessians:
         self.sums: dict[str, Accumulator] = {}
         self.common: dict[FusedExperts, _Common] = {}
         self.samples: dict[FusedExperts, list[tuple[Tensor, Tensor]]] = {}
-        self.unweighted: set[str] = set()
         self._batch, self._rows = -1, slice(0)
         self._stops = False
         self._seen: set[str] = set()  # in this pass over a microbatch
@@ -290,15 +287,11 @@ class _Hessians:
         return name not in self.acts.probe.routed and len(inputs_TD) == tokens
 
     def _weights(self, linear: Linear, inputs_TD: Tensor) -> Tensor | None:
-        """Of these tokens; None if all weigh alike."""
-        name, expert = linear.name, linear.expert
-        weight_T = self._weights_of_pass(name, inputs_TD.device)
-        if expert is not None:
-            return None if weight_T is None else weight_T[expert.tokens_T]
-        weighs = weight_T is not None and self._all_tokens(name, inputs_TD)
-        if not weighs and (weight_T is not None or self.fisher is not None):
-            self.unweighted.add(name)
-        return weight_T if weighs else None
+        """Of these tokens; None if all weigh alike, or if it is not known which they are."""
+        weight_T = self._weights_of_pass(linear.name, inputs_TD.device)
+        if weight_T is not None and linear.expert is not None:
+            return weight_T[linear.expert.tokens_T]
+        return weight_T if self._all_tokens(linear.name, inputs_TD) else None
 
     def _weights_of_pass(self, name: str, device: torch.device) -> Tensor | None:
         """Of all tokens of this pass at a linear, or at the block."""
@@ -345,7 +338,7 @@ class _Hessians:
                 statistics = self._shrunk(name, expert, total)
             elif total is not None:
                 statistics = Statistics(Hessian(total.mean(), self.damping), total.tokens)
-            yield Found(statistics, group, name not in self.unweighted, owner)
+            yield Found(statistics, group, owner)
             del statistics  # or it would be in memory with the next
 
     def _shrunk(self, name: str, expert: ExpertLinear, own: Accumulator | None) -> Statistics | None:

@@ -75,11 +75,6 @@ class Moments(NamedTuple):
             return 0.0
         return math.sqrt((self.tokens / wanted - 1.0) / (self.tokens / effective - 1.0))
 
-    @property
-    def effective(self) -> float:
-        """Effective sample size (Kish) once the weights are shrunk towards their mean."""
-        return self.tokens / (1.0 + self.kept**2 * (self.tokens * self.squares / self.total**2 - 1.0))
-
     def weights(self, square_T: Tensor, start_T: Tensor) -> Tensor:
         """Of tokens of these squares, (T,); of mean 1 over all but those of a shared start, which are not shrunk."""
         own_T = square_T.pow(POWER) * (self.tokens / self.total)
@@ -102,7 +97,6 @@ class FisherWeights:
         tokens: by the first linear of a group, or by block: for each batch (T,), of mean 1. Not where tokens do not
             matter, nor for groups that do not get every token.
         routed: by an expert's linear: for each batch the tokens that were routed to it, and their weights.
-        effective: by the names of both: effective sample size (Kish), over all ranks.
         rows: by linear: (O,), with the mean over tokens of g_to^2.
         residual: by block: the mean over tokens of g g^T at its outputs, (E, E).
         coupling: by linear: correlations of its rows, (O, O), see ``correlated_rows``.
@@ -111,7 +105,6 @@ class FisherWeights:
     loss: str
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     routed: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    effective: dict[str, float] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     residual: dict[str, Tensor] = field(default_factory=dict)
     coupling: dict[str, Tensor] = field(default_factory=dict)

@@ -63,7 +63,6 @@ class LinearRecord(Record):
     gap_written_median: float | None  # median of the same
     loss_written: float | None  # damped loss as written above the certified least (or floor), relative; None likewise
     tokens: Int  # calibration tokens that reached the linear
-    tokens_effective: float | None = None  # effective sample size (Kish); None with uniform token weights
     tuned: bool = False  # tuning changed the weights after the solve: errors and gaps were measured before tuning
 
     @property
