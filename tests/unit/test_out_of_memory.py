@@ -31,8 +31,8 @@ from optima.models.save import Writer
 def little_memory(module: nn.Module, most: int, backward: bool = False) -> Iterator[None]:
     """Inside, no more than ``most`` rows go through the module, or back through it."""
 
-    def refuse(module: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        rows = next(value for value in (*given, *(kwargs or {}).values()) if isinstance(value, Tensor))
+    def refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        rows = next(value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor))
         if len(rows) > most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 

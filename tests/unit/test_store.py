@@ -16,18 +16,18 @@ from optima.errors import ModelError
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
 def test_beyond_the_budget_tensors_are_in_files_without_a_name(dtype: torch.dtype, tmp_path: Path) -> None:
-    given = [torch.arange(2 * SMALLEST_MAPPED).reshape(2, -1).to(dtype) + number for number in range(3)]
-    size = given[0].numel() * given[0].element_size()
+    tensors = [torch.arange(2 * SMALLEST_MAPPED).reshape(2, -1).to(dtype) + number for number in range(3)]
+    size = tensors[0].numel() * tensors[0].element_size()
     store = Store(size, tmp_path)
-    kept = [store.keep(tensor) for tensor in given]
-    assert kept[0] is given[0]
-    assert kept[1] is not given[1]
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(kept, given, strict=True))
+    kept = [store.keep(tensor) for tensor in tensors]
+    assert kept[0] is tensors[0]
+    assert kept[1] is not tensors[1]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(kept, tensors, strict=True))
     assert (store.held, store.mapped) == (size, 2 * size)
     assert not os.listdir(tmp_path)
     assert store.notes
     assert store.keep(kept[2]) is kept[2]
-    del given, kept
+    del tensors, kept
     gc.collect()
     assert (store.held, store.mapped, store.most_mapped) == (0, 0, 2 * size)
 
