@@ -28,14 +28,13 @@ class Store:
 
     Attributes:
         held: bytes in main memory now.
-        mapped: bytes in files now.
-        most_mapped: the most that there were.
+        mapped: bytes that were put into files.
     """
 
     def __init__(self, budget: int | None = None, directory: Path | None = None) -> None:
         self.budget, self.directory = budget, directory
-        self.held = self.mapped = self.most_mapped = 0
-        self._known: dict[int, tuple[int, bool]] = {}
+        self.held = self.mapped = 0
+        self._known: set[int] = set()
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The tensor, or one with the same numbers in a file, if there is no room left for it.
@@ -43,32 +42,26 @@ class Store:
         Raises:
             ModelError: if the disk fails or is full.
         """
-        size = tensor.nbytes
+        size = held = tensor.nbytes
         if self.budget is None or size < SMALLEST_MAPPED or id(tensor) in self._known:
             return tensor
-        is_mapped = self.held + size > self.budget
-        if is_mapped:
-            tensor = self._map(tensor, size)
+        if self.held + size > self.budget:
+            tensor, held = self._map(tensor, size), 0
             self.mapped += size
-            self.most_mapped = max(self.most_mapped, self.mapped)
-        else:
-            self.held += size
-        self._known[id(tensor)] = (size, is_mapped)
-        weakref.finalize(tensor, self._forget, id(tensor)).atexit = False
+        self.held += held
+        self._known.add(id(tensor))
+        weakref.finalize(tensor, self._forget, id(tensor), held).atexit = False
         return tensor
+
+    def _forget(self, key: int, held: int) -> None:
+        self._known.remove(key)
+        self.held -= held
 
     @property
     def notes(self) -> list[str]:
         """For the report."""
-        text = f"activations exceeded main memory: up to {self.most_mapped:,} bytes were in temporary files"
-        return [text] if self.most_mapped else []
-
-    def _forget(self, key: int) -> None:
-        size, is_mapped = self._known.pop(key)
-        if is_mapped:
-            self.mapped -= size
-        else:
-            self.held -= size
+        text = f"activations exceeded main memory: {self.mapped:,} bytes went into temporary files"
+        return [text] if self.mapped else []
 
     def _map(self, tensor: Tensor, size: int) -> Tensor:
         directory = self.directory or Path(tempfile.gettempdir())
