@@ -206,12 +206,6 @@ def test_no_masks_there(cheap: Refused, root: Path, path: str) -> None:
     assert what in cheap(*EXTERNAL, path)
 
 
-def test_options_that_contradict(cheap: Refused) -> None:
-    assert "needs mask_from" in cheap("--selector", "external")
-    assert "mask_from is for selector external" in cheap("--mask-from", "masks.safetensors")
-    assert "allocation loss needs" in cheap(*EXTERNAL, "masks.safetensors", "--allocation", "loss")
-
-
 def test_a_dense_checkpoint_has_no_masks(late: Refused, root: Path) -> None:
     save_model(Path("dense"))
     assert "prunes nothing" in late(*EXTERNAL, "dense")

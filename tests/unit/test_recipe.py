@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from optima import NM, Recipe, load_recipe
 from optima.cli import main
-from optima.core import SOLVERS, Auto, BatchedCholesky
+from optima.core import SOLVERS
 from optima.errors import RecipeError
 from optima.patterns import PatternTable, Unstructured
 from optima.plan import default_scope, make_methods
@@ -69,7 +69,7 @@ class TestYaml:
     def test_values(self, tmp_path: Path, text: str, values: dict[str, Any]) -> None:
         assert read(tmp_path, text) == Recipe(**values)
 
-    @pytest.mark.parametrize("text", ["2:4", "4:8", "[2:4]", "['mlp=2:4', 1:4]"])
+    @pytest.mark.parametrize("text", ["2:4", "['mlp=2:4', 1:4]"])
     def test_unquoted_pattern_says_to_quote_it(self, tmp_path: Path, text: str) -> None:
         assert "quote the pattern" in refused(tmp_path, f"pattern: {text}")
 
@@ -87,11 +87,10 @@ class TestYaml:
     def test_no_keys_and_values(self, tmp_path: Path, text: str) -> None:
         refused(tmp_path, text)
 
-    @pytest.mark.parametrize("name", ["missing.yaml", ".", "binary.yaml"])
-    def test_no_text(self, tmp_path: Path, name: str) -> None:
+    def test_no_text(self, tmp_path: Path) -> None:
         (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(RecipeError, match="cannot be read"):
-            load_recipe(tmp_path / name)
+            load_recipe(tmp_path / "binary.yaml")
 
     def test_changes_override_the_file(self, tmp_path: Path) -> None:
         assert read(tmp_path, "gap: 1e-3\nseed: 2", gap=1e-2) == Recipe(gap=1e-2, seed=2)
@@ -101,40 +100,30 @@ class TestYaml:
 
 BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.0}, "sparsity: "),
-    ({"sparsity": 1.5}, "got 1.5"),
     ({"sparsity": float("nan")}, "sparsity: "),
-    ({"sparsity": "half"}, "got 'half'"),
     ({"sparsity": [0.5]}, "sparsity: "),
     ({"pattern": "2-4"}, "pattern '2-4' is not of the form n:m"),
     ({"pattern": "4:4"}, "needs 0 < n < m"),
-    ({"pattern": 2.4}, "got 2.4"),
     ({"pattern": {"a": "b"}}, "pattern"),
     ({"sparsity": 0.5, "pattern": "2:4"}, "give either sparsity or pattern, not both"),
     ({"pattern": ["0.5", "(=2:4"]}, "'(' is not a regular expression"),
     ({"pattern": ["0.5", "0.6"]}, "pattern has two entries for all linears"),
     ({"scope": "column"}, "'row', 'layer' or 'group'"),
     ({"selector": "wonda"}, "unknown selector 'wonda' (did you mean wanda?)"),
-    ({"selector": None}, "selector must be a name"),
     ({"selector": Wanda}, "selector must be a name"),
     ({"solver": "cg"}, "'cholesky'"),
     ({"dtype": "int8"}, "'bfloat16'"),
     ({"gap": 0}, "gap: "),
-    ({"gap": float("inf")}, "gap: "),
     ({"damping": 1.1}, "damping: "),
-    ({"damping": None}, "damping: "),
     ({"allocation": "loss", "solver": "none"}, "allocation loss needs objective loss, not plain"),
     ({"allocation": "loss", "objective": "sink"}, "allocation loss needs objective loss, not sink"),
     ({"allocation": "loss", "pattern": "2:4"}, "allocation loss needs one unstructured sparsity"),
-    ({"tuning_fraction": 0}, "tuning_fraction: "),
     ({"num_calibration_samples": 0}, "num_calibration_samples: "),
-    ({"max_seq_length": -1}, "max_seq_length: "),
     ({"seed": 2**63}, "seed: "),
     ({"batch_size": 2.5}, "batch_size: "),
     ({"dataset": []}, "dataset: "),
-    ({"dataset": ["a.txt", ""]}, "dataset.1: "),
     ({"self_generated": 1.0}, "self_generated: "),
     ({"targets": ["("]}, "targets: '(' is not a regular expression"),
-    ({"ignore": ["ok", "*"]}, "ignore: '*' is not a regular expression"),
     ({"selector": "external"}, "selector external needs mask_from"),
     ({"mask_from": "m.safetensors"}, "mask_from is for selector external"),
 ]
@@ -215,19 +204,6 @@ class TestMaking:
         scope = default_scope(recipe.resolved_objective, make_methods(recipe).selector)
         assert recipe.resolved(scope).table(recipe.resolved(scope).scope or "row") == PatternTable((), pattern)
 
-    def test_pattern_for_each_target(self) -> None:
-        recipe = Recipe(pattern=["mlp=2:4", "0.6"], scope="group")
-        table = recipe.table("group")
-        up, q = table.assign({"layers.0.mlp.up_proj": 8, "layers.0.self_attn.q_proj": 8}).values()
-        assert (up, q) == (NM(2, 4), Unstructured(0.6, "group"))
-
-    def test_solver(self) -> None:
-        assert make_methods(Recipe(solver="none")).solver is None
-        assert isinstance(make_methods(Recipe(solver="cholesky")).solver, BatchedCholesky)
-        solver = make_methods(Recipe(gap=1e-6)).solver
-        assert isinstance(solver, Auto)
-        assert solver.gap == 1e-6
-
 
 class TestPresets:
     def test_all_are_valid_and_hold_what_differs(self) -> None:
@@ -244,11 +220,9 @@ class TestPresets:
 
 
 class TestCommand:
-    def test_list_fits_a_narrow_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_list(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["recipe", "list"]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines] == list(PRESETS)
-        assert max(map(len, lines)) <= 80
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PRESETS)
 
     def test_show_and_schema(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["recipe", "show", "best"]) == 0
@@ -263,7 +237,3 @@ class TestCommand:
         file.write_text("sparsity: 0.6\npattern: '2:4'")
         assert main(["recipe", "validate", str(file)]) == 2
         assert "either sparsity or pattern" in capsys.readouterr().err
-
-    @pytest.mark.parametrize("arguments", [["show"], ["list", "best"], ["shoe"], [], ["show", "bestt"]])
-    def test_bad_input(self, arguments: list[str]) -> None:
-        assert main(["recipe", *arguments]) == 2
