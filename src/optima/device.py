@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from optima.errors import DeviceMemoryError, NotDifferentiableError, RecipeError
-from optima.main_memory import total_memory
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-# What the driver, cuBLAS and cuSOLVER say where there is no memory for them, in errors of other types than torch's own.
-NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "cublasCreate", "cusolverDnCreate", "cusolverDnXcreate")
-# And torch for main memory, wherever a run is on.
-NO_MAIN_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+# What torch for main memory, the driver, cuBLAS and cuSOLVER say where there is none, in errors of other types.
+NO_MEMORY = (
+    *("DefaultCPUAllocator: can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED"),
+    *("cublasCreate", "cusolverDnCreate", "cusolverDnXcreate"),
+)
 # What makes a run smaller.
 REMEDY = (
     "Lower --batch-size, then --max-seq-length; --objective sink and --tuning-epochs 0 need no gradients; --ignore the "
@@ -83,16 +83,10 @@ def find_device(name: str) -> torch.device:
     Raises:
         RecipeError: if the device is not there.
     """
-    device = named_device(name)
-    if not is_there(device):
-        count = torch.cuda.device_count()
+    device, count = named_device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise RecipeError(f"device {name!r} is not there: {count} CUDA devices found; use auto or cpu")
     return device
-
-
-def is_there(device: torch.device) -> bool:
-    """Whether this machine has the device."""
-    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -115,12 +109,6 @@ def card_memory(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
-def describe_memory(device: torch.device) -> str:
-    """The device and how much memory it has, for messages."""
-    total = card_memory(device) if device.type == "cuda" else total_memory()
-    return f"{device} ({total / 2**30:.1f} GiB)"
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """As users and reports write it: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
@@ -138,32 +126,25 @@ def one_memory_error() -> Iterator[None]:
 
 
 @contextmanager
+def memory_explained(remedy: str = REMEDY) -> Iterator[None]:
+    """A lack of memory inside, where no smaller batch helps, is a ``DeviceMemoryError``."""
+    try:
+        with one_memory_error():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(f"out of memory ({error}): take a larger device. {remedy}") from error
+
+
+@contextmanager
 def backward_explained(name: str) -> Iterator[None]:
     """A missing backward pass inside, as of some kernels, is a ``NotDifferentiableError``."""
     try:
         with one_memory_error():
             yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
         raise NotDifferentiableError(f"{name} has no backward pass ({error})") from error
-
-
-@contextmanager
-def memory_explained(device: torch.device, remedy: str = REMEDY) -> Iterator[None]:
-    """A lack of memory of ``device`` inside, where no smaller batch helps, is a ``DeviceMemoryError``."""
-    try:
-        with one_memory_error():
-            yield
-    except RuntimeError as error:
-        if NO_MAIN_MEMORY in str(error):
-            device = torch.device("cpu")
-        elif not isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise DeviceMemoryError(
-            f"{describe_memory(device)} is out of memory: free some (another process may hold it), or take a "
-            f"larger device. {remedy}"
-        ) from error
 
 
 @contextmanager
@@ -239,15 +220,7 @@ def once(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def default_torch_settings() -> Iterator[None]:
-    """No autocast, compiler or defaults of the caller's inside: they change what is computed, in what, and where."""
-    with _default_dtype_and_device(), ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # a compiled module would compile hooks and recorders too
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
-
-
-@contextmanager
-def _default_dtype_and_device() -> Iterator[None]:
+    """No autocast or defaults of the caller's inside: they change what is computed, in what, and where."""
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
@@ -276,7 +249,7 @@ def _matmul_precision(cuda: str, mkldnn: str, overall: str) -> Iterator[None]:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Products of float32 matrices are float32 inside: no TF32 or bfloat16 by a global switch or autocast."""
-    with _matmul_precision("ieee", "ieee", "highest"), _default_dtype_and_device():
+    with _matmul_precision("ieee", "ieee", "highest"), default_torch_settings():
         yield
 
 

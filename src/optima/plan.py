@@ -22,7 +22,7 @@ from optima.core import make_solver
 from optima.core.shifted import MOST_EIGENVALUES
 from optima.data.batches import read_calibration
 from optima.data.generate import can_continue
-from optima.device import card_memory, is_there, named_device
+from optima.device import card_memory, named_device
 from optima.distributed import Ranks
 from optima.errors import ModelError, RecipeError
 from optima.linear import Methods
@@ -291,7 +291,8 @@ def _why_not_generated(plan: Plan) -> str:
         return f"{type(plan.model).__name__} does not generate text"
     if size > MAIN_SHARE * total_memory():
         return f"its weights take {size / GIB:.1f} GiB, more than {MAIN_SHARE:.0%} of the main memory"
-    if plan.device.type == "cuda" and is_there(plan.device) and size > DEVICE_SHARE * card_memory(plan.device):
+    here = plan.device.type == "cuda" and (plan.device.index or 0) < torch.cuda.device_count()
+    if here and size > DEVICE_SHARE * card_memory(plan.device):
         return f"its weights take {size / GIB:.1f} GiB, more than {DEVICE_SHARE:.0%} of the device memory"
     return ""
 

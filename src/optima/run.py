@@ -107,7 +107,7 @@ def prune(
             ranks = stack.enter_context(joined())
             stack.enter_context(default_torch_settings())
             plan = plan_run(model, recipe, output_dir, calibration, ranks, device, trust_remote_code)
-            stack.enter_context(memory_explained(plan.device))
+            stack.enter_context(memory_explained())
             identified = _identity(plan, ranks, output_dir is not None)
             destination = None
             if output_dir is not None:

@@ -33,7 +33,7 @@ from optima.core.products import all_finite
 from optima.device import GRADIENT, backward_explained, differentiable, full_precision, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
-from optima.models.blocks import Block, Linear, module_around
+from optima.models.blocks import Block, Linear, routing_module
 from optima.models.inputs import rows_of
 
 HELD_OUT = 8  # one sequence of so many is held out
@@ -384,9 +384,8 @@ def changed(block: Block, pruned: Collection[str], tuned: bool = True) -> dict[s
     But for those of other blocks too, whose dense outputs would change as well, for biases of what is left dense, and
     for what else is in a router that is: its choice has no gradient.
     """
-    routing = tuple(
-        _routing_part(router).removeprefix(f"{block.name}.") for router in block.routers if router not in pruned
-    )
+    routers = (routing_module(router) for router in block.routers if router not in pruned)
+    routing = tuple(f"{router}.".removeprefix(f"{block.name}.") for router in routers)
     weights = {id(linear.parameter) for linear in block.linears if linear.name in pruned}
     named = dict(block.module.named_parameters())
 
@@ -397,12 +396,6 @@ def changed(block: Block, pruned: Collection[str], tuned: bool = True) -> dict[s
         return parameter.ndim == 1 and parameter.is_floating_point() and own and not left_dense
 
     return {name: each for name, each in named.items() if id(each) in weights or (tuned and is_own_vector(name, each))}
-
-
-def _routing_part(router: str) -> str:
-    """The start of the names of all parameters of a router: a linear, or the module that it is a part of."""
-    around = module_around(router)
-    return f"{around}{router.removeprefix(around).partition('.')[0]}."
 
 
 def _masters(block: Block, keeps: Mapping[str, Tensor], solutions: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import metadata_load
 from standin_hub import COMMIT, Run, StandInHub, command_with, environment_of, serving
@@ -78,17 +77,6 @@ def test_a_node_without_network_has_what_was_fetched(optima: Run, hub: StandInHu
     assert "of team/model only the files in the cache are used" in found.stderr
 
 
-def test_pickles_are_refused(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
-    """transformers would look for a conversion that others proposed."""
-    repo = {name: content for name, content in hub.repos[MODEL].items() if "safetensors" not in name}
-    torch.save(make_llama().state_dict(), tmp_path / "pytorch_model.bin")
-    hub.repos[MODEL] = repo | {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()}
-    (tmp_path / "text.txt").unlink()  # which is looked at behind the model
-    found = optima(*prune_arguments(*WANDA, model=MODEL))
-    assert found.returncode == 2
-    assert "has neither model.safetensors nor model.safetensors.index.json, and pickle files" in found.stderr
-
-
 def test_the_default_text_is_read_from_the_hub(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
     """allenai/c4 as it lies there: a configuration of compressed records, described by its README."""
     card = {"config_name": "en", "data_files": [{"split": "train", "path": "en/c4-train.*.json.gz"}]}
@@ -103,12 +91,3 @@ def test_the_default_text_is_read_from_the_hub(optima: Run, hub: StandInHub, tmp
     run = load_report(tmp_path / "out").run
     assert run.dataset_revision == COMMIT
     assert run.num_tokens == 64
-
-
-def test_a_proxy_that_refuses_is_one_error(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
-    save_model(tmp_path / "model")
-    arguments = prune_arguments(*WANDA, "--dataset", "team/text")
-    found = optima(*arguments, HF_ENDPOINT="https://hub.invalid", HTTPS_PROXY=hub.url, https_proxy=hub.url)
-    assert found.returncode == 2, found.stderr
-    assert "dataset 'team/text'" in found.stderr
-    assert "cannot read dataset" in found.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,47 +164,12 @@ def test_weights_that_are_made_of_others() -> None:
         prune(embedded, Recipe(), calibration=make_tokens())
 
 
-@pytest.mark.slow
-def test_compiled_in_place() -> None:
-    expected, model, blocks = make_llama(), make_llama(), make_llama()
-    model.compile(backend="eager")
-    for layer in blocks.model.layers:
-        layer.compile(backend="eager")
-    for each in (expected, model, blocks):
-        prune(each, Recipe(), calibration=make_tokens())
-        assert all(torch.equal(weights(each)[name], tensor) for name, tensor in weights(expected).items())
-
-
 def test_linears_that_stay_dense_may_be_made_of_anything() -> None:
     model = make_llama()
     nn.utils.parametrizations.weight_norm(model.lm_head)
     random_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.1)
     recipe = Recipe(objective="sink", ignore=[r"layers\.0\.mlp\.up_proj"])
     assert prune(model, recipe, calibration=make_tokens()).sparsity == pytest.approx(0.5, abs=1e-2)
-
-
-def test_a_wrapped_block_is_refused(tmp_path: Path) -> None:
-    model = make_llama()
-    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
-    with pytest.raises(ModelError, match=r"is wrapped .*_orig_mod"):
-        prune(model, Recipe(), calibration=make_tokens(), output_dir=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_no_gradients_to_tune_by() -> None:
-    with torch.inference_mode():
-        model = make_llama()
-    before = weights(model)
-    with pytest.raises(ModelError, match=r"made inside torch\.inference_mode"):
-        prune(model, Recipe(objective="sink", tuning_epochs=1), calibration=make_tokens())
-    assert all(torch.equal(weights(model)[name], tensor) for name, tensor in before.items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_arguments_that_go_with_no_output() -> None:
-    with pytest.raises(RecipeError, match="resume needs the output_dir"):
-        prune(make_llama(), Recipe(), calibration=make_tokens(), resume=True)
-    prune(make_llama(), Recipe(objective="sink"), calibration=make_tokens(), overwrite=True, resume=False)
 
 
 def test_callbacks_may_be_an_iterator() -> None:

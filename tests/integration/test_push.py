@@ -1,110 +1,75 @@
-"""optima push and prune --push-to-hub, with huggingface_hub's own client against a stand-in hub on this machine."""
+"""optima push and prune --push-to-hub: what is uploaded, and what is refused before the run."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
-from standin_hub import OWNER, Run, StandInHub, command_with, serving
-from tiny import prune_arguments, save_model, save_text
+from tiny import Refused, prune_arguments
 
 from optima.cli import main
 
-pytestmark = pytest.mark.slow  # each command is a new process
+
+class Hub:
+    """In the place of ``HfApi``: repositories by name, their files, and arguments of uploads."""
+
+    endpoint = "https://hub"
+    repos: dict[str, list[str]]
+    uploads: list[dict[str, Any]]
+
+    def create_repo(self, repo: str, private: bool | None, exist_ok: bool) -> SimpleNamespace:
+        if repo.count("/") > 1:
+            raise ValueError(f"Repo id must be in the form 'owner/name': {repo}")
+        self.repos.setdefault(repo, [".gitattributes"])
+        return SimpleNamespace(repo_id=repo)
+
+    def repo_info(self, repo: str) -> SimpleNamespace:
+        return SimpleNamespace(private=repo != "team/public")
+
+    def list_repo_files(self, repo: str) -> list[str]:
+        return self.repos[repo]
+
+    def upload_folder(self, **arguments: Any) -> None:
+        if arguments["repo_id"] == "team/refused":
+            raise ValueError("Invalid metadata in README.md")
+        self.uploads.append(arguments)
 
 
 @pytest.fixture
-def hub() -> Iterator[StandInHub]:
-    with serving() as server:
-        yield server
+def hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
+    Hub.repos, Hub.uploads = {"team/dense": ["model.safetensors"], "team/public": []}, []
+    monkeypatch.setattr("optima.hub.HfApi", Hub)
+    return Hub
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its text, and a pruned output."""
-    root = tmp_path_factory.mktemp("push")
-    save_model(root / "model")
-    save_text(root / "text.txt")
-    before = Path.cwd()
-    os.chdir(root)
-    assert main(prune_arguments("--selector", "wanda", "--pattern", "2:4")) == 0
-    os.chdir(before)
-    return root
-
-
-@pytest.fixture
-def optima(hub: StandInHub, place: Path) -> Run:
-    return command_with(hub, place)
-
-
-def test_the_repository_holds_the_output_to_the_byte(hub: StandInHub, optima: Run, place: Path) -> None:
-    (place / "out" / "layers").mkdir(exist_ok=True)
-    (place / "out" / "layers" / "dump.safetensors").write_bytes(b"a hessian")
-    found = optima("push", "out", "sparse", "--private", "--message", "the first")
-    assert found.returncode == 0, found.stderr
-    assert f"published: {hub.url}/{OWNER}/sparse" in found.stdout
-    files = hub.repos[f"{OWNER}/sparse"]
-    written = {
-        path.name: path.read_bytes() for path in (place / "out").iterdir() if path.is_file() and path.name[0] != "."
-    }
-    assert {name: content for name, content in files.items() if name != ".gitattributes"} == written
-    assert {"README.md", "report.json", "recipe.yaml", "model.safetensors.index.json"} <= set(files)
-    assert hub.private == {f"{OWNER}/sparse"}
-    assert hub.messages == ["the first"]
-    card = ModelCard(files["README.md"].decode())
-    assert {"pruning", "sparse", "2:4"} <= set(card.data.tags)
-
-    hub.repos["team/sparse"] = dict(files) | {"model-00009-of-00009.safetensors": b"old", "plot.png": b"theirs"}
-    assert optima("push", "out", "team/sparse").returncode == 0
-    assert hub.repos["team/sparse"].keys() == files.keys() | {"plot.png"}, "weights of an earlier push are gone"
-
-
-def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Run) -> None:
-    arguments = prune_arguments("--selector", "magnitude", "--output-dir", "second")
-    found = optima(*arguments, "--push-to-hub", "team/second")
-    assert found.returncode == 0, found.stderr
-    assert "report.json" in hub.repos["team/second"]
-    assert not hub.private
+def test_a_run_publishes_what_it_made_and_so_does_push(hub: type[Hub]) -> None:
+    assert main(prune_arguments("--selector", "magnitude", "--push-to-hub", "team/sparse", "--private")) == 0
+    assert main(["push", "out", "team/again", "--message", "the first"]) == 0
+    first, again = hub.uploads
+    assert (first["repo_id"], again["repo_id"], again["commit_message"]) == ("team/sparse", "team/again", "the first")
+    assert first["folder_path"] == again["folder_path"] == Path("out")
+    assert "layers/*" in first["ignore_patterns"], "statistics stay here"
+    assert "*.safetensors" in first["delete_patterns"], "weights of an earlier upload are gone"
+    assert main(["push", "out", "team/refused"]) == 2
 
 
 @pytest.mark.parametrize(
-    ("repo", "settings", "message"),
+    ("repo", "options", "message"),
     [
-        ("a/b/c", {}, "a/b/c"),
-        ("x", {"HF_TOKEN": "hf_wrong"}, "Invalid"),
-        ("x", {"HF_HUB_OFFLINE": "1"}, "offline"),
-        ("team/dense", {}, "did not write"),
-        ("team/public", {}, "is public"),
+        ("a/b/c", [], "a/b/c"),
+        ("team/dense", [], "did not write"),
+        ("team/public", ["--private"], "is public"),
     ],
 )
 def test_what_cannot_be_pushed_is_refused_before_the_run(
-    hub: StandInHub, optima: Run, place: Path, repo: str, settings: dict[str, str], message: str
+    hub: type[Hub], cheap: Refused, repo: str, options: list[str], message: str
 ) -> None:
-    hub.repos["team/dense"] = {"model.safetensors": b"dense", ".gitattributes": b""}
-    hub.repos["team/public"] = {".gitattributes": b""}
-    private = ["--private"] if "public" in repo else []
-    found = optima(*prune_arguments("--output-dir", "never"), "--push-to-hub", repo, *private, **settings)
-    assert found.returncode == 2, found.stderr
-    assert message in found.stderr
-    assert not (place / "never").exists()
-    assert hub.repos["team/dense"]["model.safetensors"] == b"dense"
+    assert message in cheap("--push-to-hub", repo, *options)
+    assert not Path("out").exists()
 
 
-def test_a_card_that_the_hub_refuses(hub: StandInHub, optima: Run, place: Path) -> None:
-    shutil.copytree(place / "out", place / "edited")
-    (place / "edited" / "README.md").write_text("---\nbase_model: /home/me/model\n---\n")
-    found = optima("push", "edited", "x")
-    assert found.returncode == 2, found.stderr
-    assert "base_model is no id" in found.stderr
-
-
-def test_what_is_no_output(optima: Run) -> None:
-    found = optima("push", "model", "x")
-    assert found.returncode == 2
-    assert "has no report.json" in found.stderr
-    found = optima(*prune_arguments("--private", "--output-dir", "never"))
-    assert "--private is for --push-to-hub" in found.stderr
+def test_what_is_no_output(hub: type[Hub], cheap: Refused) -> None:
+    assert "has no report.json" in cheap(arguments=["push", "model", "x"])
+    assert "--private is for --push-to-hub" in cheap("--private")

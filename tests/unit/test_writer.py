@@ -19,7 +19,7 @@ from optima.checkpointing import Journal
 from optima.models.load import find_source
 from optima.models.save import Writer, prepare
 
-MODELS = ["llama", "llama tied", "gemma3", "mixtral", "deepseek_v3", "qwen3_moe", "gpt2", "bert", "roberta"]
+MODELS = ["llama tied", "mixtral", "deepseek_v3", "qwen3_moe", "gpt2", "bert", "gemma3_vision"]
 
 
 def begun(directory: Path) -> Journal:
@@ -49,6 +49,7 @@ def write(model: PreTrainedModel, directory: Path, committed: int | None = None)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
 def test_names_and_bits_are_those_of_transformers(tmp_path: Path, name: str, loaded: bool) -> None:
+    """And what was committed can be read back."""
     model = build(name, torch.bfloat16)
     if loaded:
         model.save_pretrained(tmp_path / "source")
@@ -62,12 +63,11 @@ def test_names_and_bits_are_those_of_transformers(tmp_path: Path, name: str, loa
         if (tmp_path / "whole" / file).exists():
             ours, theirs = (json.loads((tmp_path / place / file).read_text()) for place in ("out", "whole"))
             assert ours == theirs
-    logits = []
-    for directory in ("out", "whole"):
-        reloaded = type(model).from_pretrained(tmp_path / directory, dtype="auto").eval()
-        with torch.no_grad():
-            logits.append(reloaded(families.make_ids(2, 8))[0])
-    assert torch.equal(*logits)
+    writer = reopen(model, tmp_path)
+    for block in blocks_of(model):
+        state, read = block.module.state_dict(prefix=f"{block.name}."), writer.read(block.name)
+        assert read.keys() == state.keys()
+        assert all(read[key].dtype == state[key].dtype and read[key].equal(state[key]) for key in state)
 
 
 def test_blocks_that_were_not_committed_are_written_at_the_end(tmp_path: Path) -> None:
@@ -103,20 +103,6 @@ def test_a_second_writer_finds_what_is_whole(tmp_path: Path, damage: bytes) -> N
     assert reopen(model, tmp_path).notes == [*writer.notes, f"resumed after {others[0]}"]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_what_was_committed_can_be_read_back(tmp_path: Path, name: str) -> None:
-    model = build(name, torch.bfloat16)
-    model.save_pretrained(tmp_path / "source")
-    model = type(model).from_pretrained(tmp_path / "source", dtype="auto").eval()
-    write(model, tmp_path)
-    writer = reopen(model, tmp_path)
-    for block in blocks_of(model):
-        expected = block.module.state_dict(prefix=f"{block.name}.")
-        found = writer.read(block.name)
-        assert found.keys() == expected.keys()
-        assert all(found[key].dtype == expected[key].dtype and found[key].equal(expected[key]) for key in expected)
-
-
 def test_weights_can_be_read_by_whoever_can_read_the_rest(tmp_path: Path) -> None:
     previous = os.umask(0o022)
     try:
@@ -140,23 +126,24 @@ class TestAuxiliaryFiles:
 
     def test_what_is_known_by_name(self, source: Path) -> None:
         known = {"LICENSE", "NOTICE.txt", "USE_POLICY.md", "tokenizer.model", "chat_template.jinja", "vocab.txt"}
+        known |= {"1_Pooling/config.json", "2_Dense/model.safetensors", "additional_chat_templates/tool_use.jinja"}
         for name in known | {"preprocessor_config.json"}:
-            (source / name).write_text("x")
-        for name in ("train.json", "token.txt", "notes.py", ".hidden.json", "optimizer.pt", "README.md"):
+            (source / name).parent.mkdir(exist_ok=True)
+            (source / name).write_text("{}")
+        for name in (
+            "train.json",
+            "token.txt",
+            "notes.py",
+            ".hidden.json",
+            "2_Dense/x.bin",
+            "additional_chat_templates/x.txt",
+        ):
             (source / name).write_text("x")
         (source / "checkpoint-5").mkdir()
         (source / "checkpoint-5" / "config.json").write_text("{}")
         own = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
         # The tokenizer has no template: the one copied stays.
         assert self.copied(source) == known | own | {"preprocessor_config.json"}
-
-    def test_modules_of_a_sentence_encoder(self, source: Path) -> None:
-        for name in ("modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors", "2_Dense/x.bin"):
-            (source / name).parent.mkdir(exist_ok=True)
-            (source / name).write_text("{}")
-        files = self.copied(source)
-        assert {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= files
-        assert "2_Dense/x.bin" not in files
 
     def test_a_link_that_leaves_the_model(self, source: Path, caplog: pytest.LogCaptureFixture) -> None:
         (source.parent / "secret").write_text("secret")
@@ -181,43 +168,23 @@ class TestAuxiliaryFiles:
         assert not (out / "LICENSE").is_symlink()
 
     def test_card_data(self, source: Path) -> None:
-        """Without what the hub would refuse, and the text of the dense model."""
-        head = f"license: mit\nbase_model: {source}\ntags: [a]\npipeline_tag:\nmodel-index: x"
-        (source / "README.md").write_text(f"---\n{head}\n---\nthe dense model")
+        """Without the text of the dense model."""
+        (source / "README.md").write_text("---\nlicense: mit\ntags: [a]\npipeline_tag:\nmodel-index: x\n---\ndense")
         assert "README.md" in self.copied(source)
         assert (source.parent / "out" / "README.md").read_text() == "---\nlicense: mit\ntags:\n- a\n---\n"
 
-    def test_card_that_cannot_be_read(self, source: Path, caplog: pytest.LogCaptureFixture) -> None:
-        (source / "README.md").write_text("---\na: [\n---\n")
-        assert "README.md" not in self.copied(source)
-        assert "cannot be read" in caplog.text
-
-    def test_chat_templates_beside_the_first(self, source: Path) -> None:
-        (source / "additional_chat_templates").mkdir()
-        (source / "additional_chat_templates" / "tool_use.jinja").write_text("x")
-        (source / "additional_chat_templates" / "notes.txt").write_text("x")
-        files = self.copied(source)
-        assert {name for name in files if "/" in name} == {"additional_chat_templates/tool_use.jinja"}
-
     def test_code_that_was_not_trusted_is_not_named(self, source: Path) -> None:
         """transformers has the class itself; where remote code is allowed it would look for that of the source."""
-        auto_map = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine", "AutoModel": "a/b--mine.Mine"}
-        slow_and_fast = {"AutoTokenizer": ["mine.Mine", None]}
-        for name, code in (("config.json", auto_map), ("tokenizer_config.json", slow_and_fast)):
+        code = {"AutoConfig": "mine.MineConfig", "AutoTokenizer": ["mine.Mine", None]}
+        for name in ("config.json", "tokenizer_config.json"):
             content = json.loads((source / name).read_text())
             (source / name).write_text(json.dumps(content | {"auto_map": code}))
-        (source / "preprocessor_config.json").write_text("[")
-        model, tokenizer = hf.LlamaForCausalLM.from_pretrained(source), hf.AutoTokenizer.from_pretrained(source)
-        for name, own in (("out", tokenizer), ("copied", None)):
-            out = source.parent / name
-            out.mkdir()
-            prepare(model, own, find_source(str(source)), out)
-            assert not list(out.glob("*.py"))
-            assert json.loads((out / "config.json").read_text())["auto_map"] == {"AutoModel": "a/b--mine.Mine"}
-            assert "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
-            assert type(hf.AutoConfig.from_pretrained(out, trust_remote_code=True)) is hf.LlamaConfig
-            assert hf.AutoTokenizer.from_pretrained(out, trust_remote_code=True)("a")["input_ids"]
-        assert model.config.auto_map == auto_map
+        model, out = hf.LlamaForCausalLM.from_pretrained(source), source.parent / "out"
+        out.mkdir()
+        prepare(model, hf.AutoTokenizer.from_pretrained(source), find_source(str(source)), out)
+        assert not list(out.glob("*.py"))
+        assert type(hf.AutoConfig.from_pretrained(out, trust_remote_code=True)) is hf.LlamaConfig
+        assert hf.AutoTokenizer.from_pretrained(out, trust_remote_code=True)("a")["input_ids"]
 
     def test_custom_code_comes_only_if_trusted(self, tmp_path: Path) -> None:
         source = save_model(tmp_path / "source")

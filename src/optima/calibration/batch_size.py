@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from optima.device import describe_memory, one_memory_error
+from optima.device import one_memory_error
 from optima.errors import DeviceMemoryError
 
 Result = TypeVar("Result")

@@ -103,7 +103,7 @@ def generate_tokens(
         # The model's own settings (temperature, top-k, end-of-text) would fill in what is left open.
         model.generation_config = GenerationConfig()
         try:
-            with memory_explained(device, "the whole model must fit to generate calibration data: --self-generated 0"):
+            with memory_explained("the whole model must fit to generate calibration data: --self-generated 0"):
                 nn.Module.to(model, device)
             most = None if memory is None else max(memory // max(_cache_bytes(model, prompt_NC, length), 1), 1)
             parts: list[Tensor] = []

@@ -96,7 +96,7 @@ def evaluate(
     with interruptible():
         for source, tokenizer, tokens_NL, revision in subjects:
             log(f"evaluating {source.name} ({len(measured) + 1} of {len(subjects)})")
-            with memory_explained(place, REMEDY):
+            with memory_explained(REMEDY):
                 model = load_model(source, dtype, place)
                 model.register_forward_pre_hook(lambda *_: stop_if_asked())
                 started, loss_N = time.perf_counter(), torch.zeros(0)

@@ -127,7 +127,7 @@ def permute(
         plan = plan_run(model, recipe, output_dir, calibration, ranks, device, trust_remote_code)
         if not any(isinstance(pattern, NM) for pattern in plan.patterns.values()):
             raise RecipeError("permuted channels matter to patterns n:m alone: add --pattern 2:4, for example")
-        stack.enter_context(memory_explained(plan.device))
+        stack.enter_context(memory_explained())
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())

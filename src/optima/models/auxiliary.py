@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import metadata_load, metadata_save
 from transformers import PreTrainedTokenizerBase
 
@@ -48,7 +46,8 @@ def copy_auxiliary_files(source: Source, directory: Path) -> None:
                 copy = directory / file.relative_to(origin)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
-        card = _card(origin / README)
+        found: dict[str, Any] = (metadata_load(origin / README) if (origin / README).is_file() else None) or {}
+        card = {key: found[key] for key in CARD_KEYS if found.get(key)}
         if source.repo:  # a later run reads this from a local directory, and cannot know
             card["base_model"] = source.repo
         if card:
@@ -72,31 +71,15 @@ def to_save(
 
 
 def forget_missing_code(directory: Path) -> None:
-    """Remove from configurations the names of code that is not in ``directory``, since nobody trusted it.
-
-    With it transformers would not load the model where remote code is allowed. Code on the hub stays named.
+    """Remove from configurations the names of code that is neither in ``directory``, since nobody trusted it, nor on
+    the hub: transformers would not load the model where remote code is allowed.
     """
-    for file in sorted(directory.glob("*config.json")):
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:  # copied as it is
-            continue
-        known = content.get(CODE_MAP) if isinstance(content, dict) else None
-        if not isinstance(known, dict):
-            continue
-        kept = {auto: code for auto, code in known.items() if _is_there(code, directory)}
-        if kept != known:
-            _logger.warning("the %s of the output names no code: that of the model was not trusted", file.name)
-            content[CODE_MAP] = kept
-            if not kept:
-                del content[CODE_MAP]
+    if any(directory.glob(CODE)):
+        return
+    for file in directory.glob("*config.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if (code := content.pop(CODE_MAP, None)) and "--" not in json.dumps(code):
             file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _is_there(code: Any, directory: Path) -> bool:
-    """Whether ``module.Class``, or each of a slow and a fast tokenizer, is in ``directory`` or on the hub."""
-    names = [name for name in (code if isinstance(code, list) else [code]) if name]
-    return all("--" in name or (directory / f"{name.partition('.')[0]}.py").is_file() for name in names)
 
 
 def _inside(file: Path, origin: Path) -> bool:
@@ -105,18 +88,3 @@ def _inside(file: Path, origin: Path) -> bool:
     if home.parent.name == "snapshots":
         home = home.parent.parent
     return file.resolve().is_relative_to(home)
-
-
-def _card(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        found = metadata_load(file) or {}
-    except (ValueError, yaml.YAMLError) as error:
-        _logger.warning("the head of %s cannot be read (%s): no card data is passed on", file, error)
-        return {}
-    card = {key: found[key] for key in CARD_KEYS if found.get(key)}
-    if "base_model" in card:  # trainers name directories of their machine, which the hub refuses
-        bases = card["base_model"] if isinstance(card["base_model"], list) else [card["base_model"]]
-        card["base_model"] = [name for name in bases if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name))]
-    return {key: value for key, value in card.items() if value}

@@ -94,13 +94,11 @@ class FusedExperts:
         module: Any = self.module
         found: Tensor = self.up[expert](inputs_TD)
         if self.up[expert].parameter == "up_proj":
-            found = module.act_fn(found)
-        elif hasattr(module, "_apply_gate"):
-            found = module._apply_gate(found)
-        else:
-            gate, up = found.chunk(2, dim=-1)
-            found = module.act_fn(gate) * up
-        return found
+            return module.act_fn(found)  # type: ignore[no-any-return]
+        if hasattr(module, "_apply_gate"):
+            return module._apply_gate(found)  # type: ignore[no-any-return]
+        gate, up = found.chunk(2, dim=-1)
+        return module.act_fn(gate) * up  # type: ignore[no-any-return]
 
     def forward(self, wanted: Collection[int], *args: Any, **kwargs: Any) -> Tensor:
         """The module's forward pass, expert by expert; experts that are not in ``wanted`` add nothing."""
@@ -114,8 +112,6 @@ class FusedExperts:
             if expert in wanted:  # what is masked has the number after the last
                 place_T, tokens_T = (expert_TK.mT == expert).nonzero(as_tuple=True)
                 found_TD = self._run(expert, hidden_TD[tokens_T], tokens_T)
-                if getattr(self.module, "has_post_expert_norm", False):
-                    found_TD = self.module.post_expert_norm(found_TD)  # type: ignore[operator]
                 found_TD = found_TD * weight_TK[tokens_T, place_T, None]
                 output_TD.index_add_(0, tokens_T, found_TD.to(output_TD.dtype))
         return output_TD
@@ -132,10 +128,8 @@ class FusedExperts:
         return torch.cat(found)
 
     def _run(self, expert: int, inputs_TD: Tensor, tokens_T: Tensor) -> Tensor:
-        up, down = self.up[expert], self.down[expert]
-        up.tokens_T = down.tokens_T = tokens_T
-        output: Tensor = down(self.hidden(expert, inputs_TD))
-        return output
+        self.up[expert].tokens_T = self.down[expert].tokens_T = tokens_T
+        return self.down[expert](self.hidden(expert, inputs_TD))  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -313,13 +307,9 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     """
     if not isinstance(model, PreTrainedModel):
         return [_stack(model, model, "whole")]
-    multimodal = model.config.get_text_config() is not model.config
     if model.config.is_encoder_decoder:
-        encoder: Any = model.get_encoder()
-        config: Any = getattr(encoder, "config", None)
-        if isinstance(encoder, PreTrainedModel) and config.get_text_config() is not config:  # T5Gemma 2
-            encoder = encoder.get_decoder()
-        return [_stack(model, encoder, "encoder"), _stack(model, model.get_decoder(), "decoder")]
+        return [_stack(model, model.get_encoder(), "encoder"), _stack(model, model.get_decoder(), "decoder")]
+    multimodal = model.config.get_text_config() is not model.config
     return [_stack(model, model.get_decoder() if multimodal else model, "whole")]
 
 
@@ -331,17 +321,15 @@ def _stack(model: nn.Module, root: nn.Module, part: Literal["whole", "encoder", 
         for name, module in model.named_modules()
         if module in inside and isinstance(module, nn.ModuleList) and _may_be_stack(module)
     ]
-    if not lists or (part != "whole" and root is model):
-        where = type(model).__name__ if part == "whole" else f"the {part} of {type(model).__name__}"
+    if not lists:
         raise ModelError(
-            f"no stack of transformer blocks in {where}: no module list has members that contain linears, and its "
-            f"children are {[name for name, _ in model.named_children()]}"
+            f"no stack of transformer blocks in {type(model).__name__}: no module list has members that contain "
+            f"linears, and its children are {[name for name, _ in model.named_children()]}"
         )
-    own = [item for item in lists if not _in_other_model(model, item[0])]
-    name, members = max(own or lists, key=lambda item: count_parameters(item[1]))
+    name, members = max(lists, key=lambda item: count_parameters(item[1]))
     owners = defaultdict(list)
     for owner, parameter in model.named_parameters(remove_duplicate=False):
-        owners[_memory(parameter)].append(owner.removesuffix(".weight"))
+        owners[id(parameter)].append(owner.removesuffix(".weight"))
     prefix = f"{name}." if name else ""
     blocks = (_block(index, f"{prefix}{index}", module, owners) for index, module in enumerate(members))
     return Stack(tuple(blocks), part)
@@ -350,36 +338,27 @@ def _stack(model: nn.Module, root: nn.Module, part: Literal["whole", "encoder", 
 def _may_be_stack(members: nn.ModuleList) -> bool:
     # A list of bare linears (experts, heads) is not a stack of blocks.
     bare = any(isinstance(module, nn.Linear | Conv1D) for module in members)
-    return not bare and any(isinstance(m, nn.Linear | Conv1D) for block in members for m in block.modules())
-
-
-def _in_other_model(model: nn.Module, name: str) -> bool:
-    """Whether a list is inside a model that is configured for another thing than text, as an image encoder (GIT)."""
-    if not isinstance(model, PreTrainedModel):
-        return False
-    known = {type(model.config), type(model.config.get_text_config())}
-    around = (module for prefix, module in model.named_modules() if name.startswith(f"{prefix}."))
-    return any(isinstance(module, PreTrainedModel) and type(module.config) not in known for module in around)
+    return not bare and any(isinstance(module, nn.Linear | Conv1D) for module in members.modules())
 
 
 def _block(index: int, name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> Block:
     """``owners``: the names of each parameter of the model."""
     linears = tuple(linears_of(module, name))
-    routers = frozenset(f"{name}.{inner}" for inner in routers_of(module))
-    pairs = ((linear.name, other) for linear in linears for other in owners[_memory(linear.parameter)])
-    # The parameter of an expert is named like that of all experts.
-    shared = {linear: other for linear, other in pairs if other not in (linear, linear.rpartition(".")[0])}
-    common = frozenset(
-        inner
-        for inner, parameter in module.named_parameters()
-        if not all(f"{other}.".startswith(f"{name}.") for other in owners[_memory(parameter)])
+    pairs = ((linear.name, other) for linear in linears for other in owners[id(linear.parameter)])
+    return Block(
+        index,
+        name,
+        module,
+        linears,
+        routers=frozenset(f"{name}.{inner}" for inner in routers_of(module)),
+        # The parameter of an expert is named like that of all experts.
+        shared={linear: other for linear, other in pairs if other not in (linear, linear.rpartition(".")[0])},
+        common=frozenset(
+            inner
+            for inner, parameter in module.named_parameters()
+            if not all(f"{other}.".startswith(f"{name}.") for other in owners[id(parameter)])
+        ),
     )
-    return Block(index, name, module, linears, routers, (), shared, common)
-
-
-def _memory(parameter: Tensor) -> int:
-    """An identity of the weight: two parameters may be one memory, which those on the meta device do not have."""
-    return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)
 
 
 def linears_of(module: nn.Module, prefix: str) -> list[Linear]:
@@ -421,11 +400,11 @@ def routers_of(block: nn.Module) -> Iterator[str]:
             yield name
 
 
-def module_around(router: str) -> str:
-    """The name of the module that holds a router, with a dot after it; the router may be a module of several parts."""
-    *around, last, _ = ["", *router.split(".")]
-    names_router = ROUTER in last or last in {*ROUTERS, INDEXER}
-    return ".".join([*around, *([] if names_router else [last])][1:]) + "."
+def routing_module(router: str) -> str:
+    """The name of the module of a router, which may have several parts: that of the linear, or of one around it."""
+    parts = router.split(".")
+    last = next((i for i, part in enumerate(parts) if ROUTER in part or part in {*ROUTERS, INDEXER}), len(parts) - 1)
+    return ".".join(parts[: last + 1])
 
 
 def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequence[str]) -> list[Stack]:
@@ -437,27 +416,23 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
         ModelError: if nothing is left (the message lists what was there), or two linears are one weight.
         RecipeError: if a target matches no linear.
     """
-    blocks = [block for stack in stacks for block in stack.blocks]
-    names = [linear.name for block in blocks for linear in block.linears if linear.name not in block.routers]
+    names = [name for name, block in _linears(stacks) if name not in block.routers]
     present = f"the linears of the blocks are {', '.join(sorted(set(map(kind, names)))) or 'none'}"
 
     def matches(name: str, regexes: Sequence[str]) -> bool:
         return any(re.search(regex, name) for regex in regexes)
 
     def select(block: Block) -> Block:
-        chosen = {
-            linear.name
-            for linear in block.linears
-            if linear.name not in block.routers and matches(linear.name, targets) and not matches(linear.name, ignore)
-        }
-        linears = tuple(linear for linear in block.linears if linear.name in chosen)
-        excluded = tuple(linear for linear in block.linears if linear.name not in chosen)
-        return replace(block, linears=linears, excluded=excluded)
+        parts: tuple[list[Linear], list[Linear]] = [], []  # excluded, chosen
+        for linear in block.linears:
+            wanted = matches(linear.name, targets) and not matches(linear.name, ignore)
+            parts[wanted and linear.name not in block.routers].append(linear)
+        return replace(block, linears=tuple(parts[1]), excluded=tuple(parts[0]))
 
     selected = [replace(stack, blocks=tuple(select(block) for block in stack.blocks)) for stack in stacks]
     if not any(stack.needed for stack in selected):
         raise ModelError(f"no linear matches targets {list(targets)} without matching ignore {list(ignore)}: {present}")
-    if idle := [regex for regex in targets if not any(re.search(regex, name) for name in names)]:
+    if idle := [regex for regex in targets if not any(matches(name, [regex]) for name in names)]:
         raise RecipeError(f"targets has {idle[0]!r}, which matches no linear: {present}")
     _check_shared(selected)
     return selected
@@ -465,20 +440,18 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
 
 def _check_shared(stacks: Sequence[Stack]) -> None:
     """A weight in two places would be pruned twice, the second time for inputs of another place."""
-    found = [
-        (linear.name, block)
-        for stack in stacks
-        for block in stack.blocks
-        for linear in block.linears
-        if linear.name in block.shared
-    ]
-    if found:
-        name, block = found[0]
-        regexes = dict.fromkeys(re.escape(each.removeprefix(f"{own.name}.")) for each, own in found)
+    shared = {name: (block, block.shared[name]) for name, block in _linears(stacks) if name in block.shared}
+    if shared:
+        name, (_, other) = next(iter(shared.items()))
+        regexes = dict.fromkeys(re.escape(each.removeprefix(f"{own.name}.")) for each, (own, _) in shared.items())
         raise ModelError(
-            f"{name} and {block.shared[name]} are one weight, which cannot be pruned for the inputs of both: "
-            "exclude it with --ignore " + " ".join(f"'{each}'" for each in regexes)
+            f"{name} and {other} are one weight, which cannot be pruned for the inputs of both: exclude it with "
+            "--ignore " + " ".join(f"'{each}'" for each in regexes)
         )
+
+
+def _linears(stacks: Sequence[Stack]) -> Iterator[tuple[str, Block]]:
+    return ((linear.name, block) for stack in stacks for block in stack.blocks for linear in block.linears)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -494,26 +467,27 @@ def count_outside(model: nn.Module, blocks: Sequence[Block]) -> int:
 
 def dense_notes(model: nn.Module, stacks: Sequence[Stack]) -> list[str]:
     """What stays dense, one note a reason; embeddings and the LM head need none."""
-    blocks, head = [block for stack in stacks for block in stack.blocks], head_of(model)
-    other, routers, excluded, outside = (Counter[str]() for _ in range(4))
-    known = {id(linear.parameter) for block in blocks for linear in (*block.linears, *block.excluded)}
+    blocks = [block for stack in stacks for block in stack.blocks]
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
+    known = {id(linear.parameter) for block in blocks for linear in (*block.linears, *block.excluded)}
+    head = head_of(model)
     for module in model.modules():
         if isinstance(module, nn.Embedding) or module is head:
             known |= {id(parameter) for parameter in module.parameters()} - inside
+    found: dict[str, Counter[str]] = {
+        "{} is no plain linear and stays dense": Counter(),
+        "{} routes tokens and stays dense": Counter(),
+        "excluded by targets and ignore: {}": Counter(),
+        "outside the blocks, and dense: {}": Counter(),
+    }
+    other, routers, excluded, outside = found.values()
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and not name.endswith("bias") and id(parameter) not in known:  # gpt-oss has 2-D biases
             (other if id(parameter) in inside else outside)[kind(name.removesuffix(".weight"))] += 1
     for block in blocks:
         for linear in block.excluded:
             (routers if linear.name in block.routers else excluded)[kind(linear.name)] += 1
-    notes = {
-        "{} is no plain linear and stays dense": other,
-        "{} routes tokens and stays dense": routers,
-        "excluded by targets and ignore: {}": excluded,
-        "outside the blocks, and dense: {}": outside,
-    }
-    return [note.format(_places(counts)) for note, counts in notes.items() if counts]
+    return [note.format(_places(counts)) for note, counts in found.items() if counts]
 
 
 def _places(counts: Counter[str]) -> str:

@@ -14,10 +14,5 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(bytes_of(tensor).numpy().data)
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def bytes_of(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, in main memory, one after another."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from optima.errors import ModelError, RecipeError
-from optima.files import COMPRESSED, usable_path
+from optima.files import usable_path
 from optima.models.blocks import Linear
 from optima.models.load import find_source, skeleton, some, weight_files
 from optima.models.offload import Streamed, UnstreamableError, open_checkpoint
@@ -42,8 +42,6 @@ class MaskFiles:
             RecipeError: if there is nothing to read.
         """
         files = weight_files(self.path) if self.path.is_dir() else [self.path]
-        if files and all(file.name.endswith(COMPRESSED) for file in files):
-            raise RecipeError(f"mask_from {self.path} is compressed: restore it with optima restore {self.path}")
         if not files or not all(file.is_file() for file in files):
             raise RecipeError(
                 f"mask_from {self.path} is neither a directory with all its .safetensors nor such a file: name a "
@@ -56,12 +54,7 @@ class MaskFiles:
                     keys = list(tensors.keys())
             except (OSError, SafetensorError) as error:
                 raise RecipeError(f"mask_from: {file} is not a safetensors file ({error})") from error
-            for key in keys:
-                other, known = found.setdefault(key.removesuffix(".weight"), (file, key))
-                if (other, known) != (file, key):
-                    raise RecipeError(
-                        f"mask_from {self.path}: {known} in {other.name} and {key} in {file.name} are one: keep one"
-                    )
+            found |= {key.removesuffix(".weight"): (file, key) for key in keys}
         return found
 
     @cached_property
@@ -84,9 +77,10 @@ class MaskFiles:
         Raises:
             RecipeError: if there is none, or it has another dtype or shape or other values than a mask.
         """
-        name = self._find(linear)
+        names = [linear.name, *([linear.name.rpartition(".")[0]] if linear.expert else [])]
+        name = next((name for name in names if name in self.files), names[-1])
         if self._last is None or self._last[0] != name:
-            self._last = name, self._read(name)
+            self._last = name, self._stored(name) if name in self.files else self._converted(name)
         keep = self._last[1]
         alone = linear.expert is not None and name == linear.name  # else one mask of all experts
         shape = torch.Size(linear.shape) if alone else linear.parameter.shape
@@ -97,32 +91,10 @@ class MaskFiles:
             )
         return keep if alone else linear.orient(keep)
 
-    def _find(self, linear: Linear) -> str:
-        """The name of a linear's mask among ``files``, or else in the model that a directory holds."""
-        names = [linear.name, *([linear.name.rpartition(".")[0]] if linear.expert else [])]
-        found, why = [name for name in names if name in self.files], ""
-        if not found and (self.path / "config.json").is_file():
-            try:
-                known = self._checkpoint.names.keys()
-                found = [key for name in names for key in (name, f"{name}.weight") if key in known]
-            except (ModelError, UnstreamableError) as error:
-                why = f", nor one that transformers would make of these: {error}"
-        if not found:
-            raise RecipeError(
-                f"mask_from {self.path} has no mask for {linear.name} (it has {some(self.files) or 'none'}){why}: add "
-                f"it, or leave the linear out with --ignore '{linear.name}'"
-            )
-        return found[0]
-
-    def _read(self, name: str) -> Tensor:
-        if name in self.files:
-            file, key = self.files[name]
-            with safe_open(file, framework="pt") as tensors:
-                stored: Tensor = tensors.get_tensor(key)
-        else:
-            new = self._checkpoint.read([name])
-            stored = self._checkpoint.model.get_parameter(name).detach()
-            self._checkpoint.release(new)
+    def _stored(self, name: str) -> Tensor:
+        file, key = self.files[name]
+        with safe_open(file, framework="pt") as tensors:
+            stored: Tensor = tensors.get_tensor(key)
         if not self.path.is_dir() and stored.dtype not in (torch.bool, torch.uint8):
             raise RecipeError(
                 f"mask_from {self.path}: {name} is {stored.dtype}, not bool or uint8: save masks as bool, or "
@@ -131,3 +103,22 @@ class MaskFiles:
         if stored.dtype == torch.uint8 and bool((stored > 1).any()):
             raise RecipeError(f"mask_from {self.path}: {name} has values above 1: a mask is 0 (pruned) or 1 (kept)")
         return stored != 0
+
+    def _converted(self, name: str) -> Tensor:
+        """The zeros of a weight that a checkpoint stores under another name, or in parts."""
+        why = ""
+        if (self.path / "config.json").is_file():
+            try:
+                known = self._checkpoint.names.keys()
+                for key in (name, f"{name}.weight"):
+                    if key in known:
+                        new = self._checkpoint.read([key])
+                        keep_OD: Tensor = self._checkpoint.model.get_parameter(key).detach() != 0
+                        self._checkpoint.release(new)
+                        return keep_OD
+            except (ModelError, UnstreamableError) as error:
+                why = f", nor one that transformers would make of these: {error}"
+        raise RecipeError(
+            f"mask_from {self.path} has no mask for {name} (it has {some(self.files) or 'none'}){why}: add it, or "
+            f"leave the linear out with --ignore '{name}'"
+        )
