@@ -63,7 +63,7 @@ def test_what_is_pruned_behind_another_step_names_its_base(optima: Run, tmp_path
         _, _, *options = prune_arguments("--pattern", "2:4", "--objective", "plain", "--output-dir", output)
         found = optima(command, model, *options, *(["--selector", "wanda"] if command == "prune" else []))
         assert found.returncode == 0, found.stderr
-    assert metadata_load(tmp_path / "sparse" / "README.md")["base_model"] == [MODEL]
+    assert metadata_load(tmp_path / "sparse" / "README.md")["base_model"] == MODEL
 
 
 def test_a_node_without_network_has_what_was_fetched(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
