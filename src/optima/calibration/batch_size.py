@@ -65,7 +65,7 @@ class BatchSize:
                 if count == 1 or not divisible:
                     remedy = "--max-seq-length" if count == 1 else "--batch-size to 1: this batch cannot be split"
                     raise DeviceMemoryError(
-                        f"{describe_memory(self.device)} has no memory for {count} sequences together: lower {remedy}"
+                        f"{self.device} has no memory for {count} sequences together: lower {remedy}"
                     ) from error
             # Only after the exception and the frames that it holds are gone is their memory free.
             gc.collect()
