@@ -165,8 +165,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     text = f"{' or '.join(DEMO_MODELS)} ({DEMO_MODELS[0]})"
     option("--model", choices=DEMO_MODELS, default=DEMO_MODELS[0], metavar="NAME", help=text)
     option("--output-dir", default="demo-output", metavar="DIR", help="for the checkpoint and report (demo-output)")
-    text = "sequences of 512 tokens; 32 take 15 minutes (8)"
-    option("--num-calibration-samples", type=int, default=8, metavar="N", help=text)
+    option("--num-calibration-samples", type=int, default=4, metavar="N", help="sequences of 512 tokens (4)")
     return parser, commands
 
 

@@ -81,7 +81,7 @@ def test_channels_that_matter_are_spread_over_groups(pattern: NM) -> None:
 
 
 def test_each_head_keeps_its_channels_wherever_they_occur() -> None:
-    """Two heads of two channels: twice among the outputs of a linear, in turns with gates, among inputs."""
+    """Two heads of two channels: twice among the outputs of a linear, alternating with gates, among inputs."""
     linears = {}
     for name, shape in ("twice", (8, 2)), ("steps", (8, 2)), ("reader", (4, 4)):
         module = nn.Linear(*reversed(shape))

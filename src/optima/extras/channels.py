@@ -43,7 +43,7 @@ GROUPED = re.compile(AT + r"(query_key_value)")
 OUT = re.compile(AT + r"(o_proj|out_proj|out_lin|c_proj|o|wo|Wo|dense|output\.dense)")
 
 # Most that the block's change of its inputs may differ, relative to itself, a root mean square. It was at most 6e-6 in
-# tiny models of 19 families, where a wrong order of weights that matter little made 2e-3.
+# tiny models of 19 families, where a wrong permutation of weights that matter little made 2e-3.
 TOLERANCE = 1e-4
 # And in units of the rounding of the block's inputs: a large hidden state hides a small change of it.
 ROUNDINGS = 4
@@ -153,7 +153,7 @@ def find_channels(block: Block, num_heads: int | None) -> list[list[list[Channel
 
 
 def _mlp(at: str, ups: Sequence[Linear], down: Linear) -> list[Channels]:
-    """Gates come in a linear of their own, before the other outputs, or in turns with them."""
+    """Gates come in a linear of their own, before the other outputs, or alternating with them."""
     width = down.shape[1]
     outputs = {up.shape[0] for up in ups}
     if outputs not in ({width}, {2 * width}):
