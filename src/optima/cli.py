@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import logging
 import os
 import signal
@@ -157,9 +156,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--private", action="store_true", help="create it as private; fail if it exists and is public")
     option("--message", metavar="TEXT", help="commit message")
 
-    option = add("recipe", "list, show and check recipes", "list | show NAME | validate FILE | schema")
-    option("action", choices=("list", "show", "validate", "schema"), metavar="ACTION", help="what to do")
-    option("name", nargs="?", metavar="NAME", help="for show and validate: a preset, or a file")
+    option = add("recipe", "list the presets, or show and check a recipe", "[NAME]")
+    option("name", nargs="?", metavar="NAME", help="a preset, or a file")
 
     option = add("demo", "prune a small real model and compare", "[--model NAME]")
     text = f"{' or '.join(DEMO_MODELS)} ({DEMO_MODELS[0]})"
@@ -171,7 +169,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _add_recipe(parser: _Parser) -> None:
     """An option for each field of a recipe, by group, and those of the run."""
-    parser.add_argument("--recipe", metavar="NAME", help="YAML file, or a preset of optima recipe list")
+    parser.add_argument("--recipe", metavar="NAME", help="YAML file, or a preset of optima recipe")
     groups = {name: parser.add_argument_group(f"{name} ({text})") for name, text in GROUPS.items()}
     for name, field in Recipe.model_fields.items():
         extra: Any = field.json_schema_extra
@@ -355,19 +353,13 @@ def _restore(directory: str, **options: Any) -> None:
     _say(f"{optima.restore(directory, **options)}, every checksum right")
 
 
-def _recipe(action: str, name: str | None = None) -> None:
-    if (name is None) == (action in ("show", "validate")):
-        raise OptimaError(f"optima recipe {action} takes {'no name' if name else 'a name: a preset, or a file'}")
-    if action == "list":
+def _recipe(name: str | None = None) -> None:
+    if name is None:
         width = max(map(len, PRESETS))
         _say("\n".join(f"{preset:{width}}  {recipe_text(preset).splitlines()[0][2:]}" for preset in PRESETS))
-    elif action == "show":
-        _say(recipe_text(str(name)).rstrip())
-    elif action == "schema":
-        _say(json.dumps(Recipe.model_json_schema(), indent=2))
     else:
-        load_recipe(str(name))
-        _say(f"{name} is a valid recipe; optima plan MODEL --recipe {name} checks it for a model")
+        load_recipe(name)
+        _say(recipe_text(name).rstrip())
 
 
 def _demo(model: str, output_dir: str, num_calibration_samples: int) -> None:

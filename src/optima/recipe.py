@@ -194,7 +194,7 @@ class Recipe(BaseModel):
         The number of samples and the batch size, which depend on the model and the device, stay open.
 
         Args:
-            scope: for a recipe that names none, see ``optima.build.default_scope``.
+            scope: for a recipe that names none, see ``optima.plan.default_scope``.
         """
         table, by_loss = self.table(scope), self.resolved_objective == "loss"
         one_sparsity = len(table.patterns) == 1 and isinstance(table.default, Unstructured) and not self._external
@@ -259,34 +259,19 @@ def recipe_text(name: str | Path) -> str:
         raise RecipeError(f"recipe {name} cannot be read ({error}): name a file, or one of {known}") from error
 
 
-def read_recipe(name: str | Path) -> dict[str, Any]:
-    """The values that a preset or a YAML file holds.
-
-    Raises:
-        RecipeError: if it cannot be read, or holds something else than keys and values.
-    """
-    try:
-        values = yaml.safe_load(recipe_text(name))
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(f"recipe {name} is not valid YAML: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise RecipeError(f"recipe {name} must hold keys and values, such as 'sparsity: 0.5'")
-    return values
-
-
 def load_recipe(name: str | Path, **changes: Any) -> Recipe:
     """Read a recipe from a preset, by its name, or from a YAML file; ``changes`` override what it says.
 
     Raises:
         RecipeError: if the file cannot be read, is not YAML, or holds unknown keys or impossible values.
     """
-    values = read_recipe(name)
-    if changes.keys() & {"sparsity", "pattern"}:  # two ways to say how sparse: the later one counts
-        values.pop("sparsity", None)
-        values.pop("pattern", None)
+    text = recipe_text(name)
     try:
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise RecipeError("it must hold keys and values, such as 'sparsity: 0.5'")
+        if changes.keys() & {"sparsity", "pattern"}:  # two ways to say how sparse: the later one counts
+            values = {key: value for key, value in values.items() if key not in ("sparsity", "pattern")}
         return Recipe(**values | changes)
-    except RecipeError as error:
+    except (yaml.YAMLError, ValueError) as error:  # as a RecipeError is
         raise RecipeError(f"recipe {name}: {error}") from error
