@@ -15,11 +15,8 @@ from optima.calibration.fisher import LEAST_TOKENS
 from optima.calibration.statistics import share_out
 from optima.calibration.weights import MOST_ROWS
 from optima.core.problem import chunk_rows
-from optima.distributed import STRIP_BYTES
 from optima.recipe import FISHER_FRACTION
 from optima.selectors.optima import Optima
-
-SAMPLE = 512  # inputs that are sent with a Hessian
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
             products, spectrum = group.solve(counts, share)
             load[rank] += products
             eigen[rank] += spectrum
-        reduced += lower_bytes(group.inputs) + 4 * min(SAMPLE, samples * length) * group.inputs
+        reduced += 8.0 * group.inputs**2  # a float64 Hessian
         reduced += sum(8 * outputs * (outputs + 1) for outputs in group.coupled(counts))
         # Where all have rows, the mask goes out before.
         shared += group.weights * (itemsize + (1 if owner is not None else 2))
@@ -197,9 +194,3 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
         shared=0.0 if alone else model.blocks * shared,
         activations=float(tokens * model.hidden * itemsize),
     )
-
-
-def lower_bytes(inputs: int) -> float:
-    """Of the lower triangle of a float64 matrix, as it travels in strips."""
-    rows = max(STRIP_BYTES // (inputs * 8), 1)
-    return float(sum(8 * min(rows, inputs - begin) * min(begin + rows, inputs) for begin in range(0, inputs, rows)))
