@@ -154,7 +154,9 @@ class Bench:
         kept = self.options.keep / digest(asked) if self.options.keep and method != DENSE else None
         if method != DENSE:
             sparse = copy.deepcopy(self.model)
-            goes_on: dict[str, Any] = {"output_dir": kept, "resume": True, "overwrite": True} if kept else {}
+            if kept:
+                shutil.rmtree(kept, ignore_errors=True)  # whole, but not measured: the process was killed then
+            goes_on: dict[str, Any] = {"output_dir": kept, "resume": True} if kept else {}
             goes_on |= {"device": self.options.device, "calibration": self.tokens_NL}
             report = prune(sparse, self.recipe(method, pattern), **goes_on)
             linears, done = report.linears, report.run.recipe

@@ -4,10 +4,8 @@
         run.json               which process writes here; locked while it lives
         journal.jsonl          what the run is, then one line per committed block
         model/                 becomes OUT
-        replaced/              the earlier output, between two renames
 
-A run that is killed leaves this directory, from which ``--resume`` continues. OUT itself lists its files in
-``.optima.json``: ``--overwrite`` replaces these, and refuses a directory with any other file.
+A run that is killed leaves this directory, from which ``--resume`` continues. OUT may exist if it is empty.
 """
 
 from __future__ import annotations
@@ -36,8 +34,7 @@ from optima.stopping import uninterrupted
 _logger = logging.getLogger("optima")
 
 FORMAT = 5  # of the journal: raised when an earlier one can no longer be resumed
-RUN, JOURNAL, MODEL, REPLACED = "run.json", "journal.jsonl", "model", "replaced"
-MANIFEST = ".optima.json"  # in an output: its files, so that no other is ever deleted
+RUN, JOURNAL, MODEL = "run.json", "journal.jsonl", "model"
 SHOWN = 60  # letters of a value in a message
 ENVIRONMENT = "environment"  # of a run: versions and device, which may change before it is resumed
 OWN = ("weights", "masks")  # each process may have its own copy of these files
@@ -183,8 +180,6 @@ class Destination:
     def open(
         cls,
         path: str | Path,
-        overwrite: bool = False,
-        inputs: Iterable[str | Path] = (),
         num_bytes: int = 0,
         run: Mapping[str, object] | None = None,
         resume: bool | None = None,
@@ -193,21 +188,18 @@ class Destination:
 
         Args:
             path: OUT, or a link to it; it and its parents need not exist.
-            overwrite: replace an earlier output: nothing else, and no directory that holds one of ``inputs``.
-            inputs: directories and files that the run reads.
             num_bytes: space that will be needed, checked now.
             run: what identifies it, compared with an unfinished run.
             resume: whether the committed blocks of an unfinished run stay or are deleted; None refuses.
 
         Raises:
-            ModelError: now, if another run is writing OUT, OUT cannot be replaced or is half done and ``resume`` is
-                None, or its disk is read-only or too full. At the end, if OUT cannot be replaced any more: the message
-                says where the finished directory is.
+            ModelError: now, if another run is writing OUT, OUT has files or is half done and ``resume`` is None, or its
+                disk is read-only or too full. At the end, if OUT has files by then: the message says where the
+                finished directory is.
         """
         path = usable_path(path, "the output directory", "choose another --output-dir").resolve()
-        read = [Path(os.path.realpath(os.path.expanduser(each))) for each in inputs]
         with explain_write_errors(path):
-            _check_replaceable(path, overwrite, read)
+            _check_free(path)
         partial = path.with_name(f".{path.name}.optima-partial")
         new_parents = [parent for parent in path.parents if not parent.exists()]
         with ExitStack() as stack:
@@ -226,7 +218,7 @@ class Destination:
                     sync(partial, *(parent.parent for parent in (partial, *new_parents)))
                 begun = True
                 yield destination
-                destination._publish(overwrite, read)
+                destination._publish()
             except BaseException:
                 with uninterrupted():
                     if not destination.directory.exists() or not Journal(partial / JOURNAL).holds_work:
@@ -238,7 +230,6 @@ class Destination:
 
     def _take_over(self, run: Mapping[str, object], resume: bool | None) -> None:
         """Keep what an unfinished run left, or delete it; raise ``ModelError`` if ``resume`` does not say which."""
-        self._restore()
         journal = self.journal
         unfinished = journal.holds_work and self.directory.exists()  # else the output had its name already
         if unfinished and resume is not False:
@@ -260,19 +251,13 @@ class Destination:
         delete(each for each in self.partial.iterdir() if each.name != RUN)
         self.journal = Journal(journal.file)
 
-    def _publish(self, overwrite: bool, inputs: list[Path]) -> None:
+    def _publish(self) -> None:
         """Give the finished directory its name, or a free one, safe from the next run."""
         with explain_write_errors(self.path):
-            files = sorted({MANIFEST, *(str(file.relative_to(self.directory)) for file in _files(self.directory))})
-            (self.directory / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
             sync(*self.directory.rglob("*"), self.directory)
         try:
-            _check_replaceable(self.path, overwrite, inputs)
-            if os.path.lexists(self.path) and any(self.path.iterdir()):
-                self.path.rename(self.partial / REPLACED)
             self.directory.rename(self.path)  # onto nothing or an empty directory: the system refuses all else
-        except (OSError, ModelError) as error:
-            self._restore()
+        except OSError as error:
             names = (self.path.with_name(f"{self.path.name}.{number}") for number in count(1))
             free = next(name for name in names if not os.path.lexists(name))
             with suppress(OSError):
@@ -281,15 +266,9 @@ class Destination:
             raise ModelError(f"{error}; {self.partial} keeps what was done") from error
         sync(self.path.parent, self.partial)
 
-    def _restore(self) -> None:
-        """Undo the first of two renames."""
-        if (self.partial / REPLACED).exists() and not self.path.exists():
-            (self.partial / REPLACED).rename(self.path)
-
     def _discard(self) -> None:
         """Remove the partial directory, the lock last, or say that it stays."""
         try:
-            self._restore()
             delete(each for each in self.partial.iterdir() if each.name != RUN)
             (self.partial / RUN).unlink()
         except OSError as error:
@@ -325,32 +304,11 @@ def _describe_process(lock: IO[str]) -> None:
     lock.flush()
 
 
-def _check_replaceable(path: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
-    """Raise ``ModelError`` unless ``path`` is free, or an earlier output that ``overwrite`` allows to replace."""
+def _check_free(path: Path) -> None:
     if path.is_mount() or Path(os.path.realpath(".")).is_relative_to(path):
         raise ModelError(f"{path} is a mount point or holds the current directory: choose a directory below it")
-    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
-        return
-    remedy = "choose another --output-dir"
-    if not (path / MANIFEST).is_file():
-        raise ModelError(f"{path} exists and is not an output of OPTIMA (it has no {MANIFEST}): {remedy}")
-    if not overwrite:
-        raise ModelError(f"{path} exists: {remedy}, or replace it with --overwrite")
-    for each in inputs:
-        if each.is_relative_to(path):
-            raise ModelError(f"{path} is or holds {each}, which this run reads: {remedy}")
-    try:
-        known = set(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError):
-        known = set()
-    if foreign := [file for file in _files(path) if str(file.relative_to(path)) not in known]:
-        raise ModelError(
-            f"{foreign[0]} was not written by OPTIMA, and --overwrite would delete it: move it, or {remedy}"
-        )
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(file for file in directory.rglob("*") if file.is_symlink() or not file.is_dir())
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise ModelError(f"{path} exists: delete it, or choose another --output-dir")
 
 
 def _check_space(directory: Path, num_bytes: int) -> None:

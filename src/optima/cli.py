@@ -94,11 +94,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (auto)")
         option("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
 
-    overwrite: dict[str, Any] = {"action": "store_true", "help": "replace an earlier output in that place"}
     option = add("prune", "prune a model in one shot", "MODEL --output-dir DIR [options]", epilog=SELECTORS)
     option("model", metavar="MODEL", help=MODEL)
     option("--output-dir", metavar="DIR", required=True, help="for the pruned checkpoint and its report")
-    option("--overwrite", **overwrite)
     option("--resume", action="store_true", help="continue an unfinished run in that place")
     option("--no-resume", dest="resume", action="store_false", help="delete an unfinished run in that place")
     add_device(option)
@@ -115,7 +113,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option = add("permute", "permute channels so that n:m loses less", "MODEL --output-dir DIR --pattern 2:4 [options]")
     option("model", metavar="MODEL", help=MODEL)
     option("--output-dir", metavar="DIR", required=True, help="for the same model, to be pruned then")
-    option("--overwrite", **overwrite)
     add_device(option)
     _add_recipe(commands["permute"])
 
@@ -135,7 +132,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add_device(option)
     option("--dtype", choices=DTYPES, metavar="NAME", help=f"{', '.join(DTYPES)} (auto)")
     option("--output", metavar="FILE", help="write the results as JSON")
-    option("--overwrite", action="store_true", help="replace earlier results in that file")
 
     option = add("report", "print or compare reports", "PATH [PATH ...] [--html FILE]")
     option("paths", nargs="+", metavar="PATH", help="a checkpoint's directory, or its report.json")
@@ -148,7 +144,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         option = add(name, text, "DIR [--output-dir DIR]")
         option("directory", metavar="DIR", help="the checkpoint, in safetensors format")
         option("--output-dir", metavar="DIR", help=f"where it goes (the name with -{suffix} appended)")
-        option("--overwrite", **overwrite)
 
     option = add("push", "publish a pruned checkpoint on the hub", "DIR REPO [options]")
     option("directory", metavar="DIR", help="what optima prune or optima compress wrote")
@@ -293,13 +288,13 @@ def _permute(model: str, **options: Any) -> None:
     _say(f"the same model, its channels permuted: {options['output_dir']}; prune it next")
 
 
-def _eval(models: Sequence[str], output: str | None = None, overwrite: bool = False, **options: Any) -> None:
+def _eval(models: Sequence[str], output: str | None = None, **options: Any) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptimaError("optima eval runs in one process: start it without torchrun")
     from optima.evaluation.record import check_output
 
     if output is not None:
-        check_output(output, overwrite)
+        check_output(output)
     _quiet_console()
     from optima.evaluation.evaluate import evaluate
     from optima.evaluation.table import render_evaluation

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -34,7 +35,7 @@ def run_demo(prune: Callable[..., Report], name: str, output_dir: Path, num_samp
     Args:
         prune: ``optima.prune``.
         name: smollm2-135m or gemma-3-270m.
-        output_dir: the last pruned model is written to a directory in it, and replaces that of an earlier demo.
+        output_dir: the last pruned model is written to a new directory in it.
         num_samples: calibration sequences of 512 tokens.
         console: where to print.
 
@@ -59,7 +60,8 @@ def run_demo(prune: Callable[..., Report], name: str, output_dir: Path, num_samp
     output_dir = output_dir.expanduser()
     with explain_write_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        place = output_dir / f"{name}-50"
+        places = (output_dir / f"{name}-50{f'-{i}' if i > 1 else ''}" for i in count(1))
+        place = next(path for path in places if not path.exists())
         say(f"loading {name}, then its perplexity{about(SECONDS[0])}")
         source = find_source(str(model_file(name, output_dir)))
     device = find_device("auto")
@@ -78,7 +80,7 @@ def run_demo(prune: Callable[..., Report], name: str, output_dir: Path, num_samp
         say(f"{way}: pruning to 50%{about(seconds)}")
         sparse, written = copy.deepcopy(model), {}
         if way == "OPTIMA, default":
-            written = {"output_dir": place, "tokenizer": tokenizer, "overwrite": True, "resume": False}
+            written = {"output_dir": place, "tokenizer": tokenizer, "resume": False}
         report = prune(sparse, recipe, calibration=tokens, **written)
         value = perplexity(sparse, windows, device=device)
         say(f"{way}: perplexity {value:.2f} (dense {dense:.2f})")

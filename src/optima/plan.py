@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -103,12 +102,6 @@ class Plan:
         """Sequences of a forward pass."""
         assert self.recipe.batch_size is not None, "a plan is resolved"
         return self.recipe.batch_size
-
-    @property
-    def inputs(self) -> list[str | Path]:
-        """Directories and files that the run reads."""
-        named = [self.source and self.source.place, self.recipe.mask_from, *self.recipe.dataset]
-        return [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
 
     @property
     def output_bytes(self) -> int:

@@ -64,7 +64,6 @@ def prune(
     trust_remote_code: bool = False,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
-    overwrite: bool = False,
     resume: bool | None = None,
 ) -> Report:
     """Prune a model in one shot.
@@ -86,7 +85,6 @@ def prune(
         trust_remote_code: run code that comes with the checkpoint, or that the recipe's selector names.
         callbacks: called for each linear and block, see ``optima.Callback``.
         progress: draw a live line on stderr, or print a line a block where that is no terminal.
-        overwrite: replace ``output_dir`` if it holds an earlier output.
         resume: what happens to the blocks that an unfinished run into ``output_dir`` committed. True: continue after
             the last of them, with the bits of an uninterrupted run, on CUDA as far as its kernels are reproducible;
             False: delete them; None: refuse. A model in memory must be as it was at the start of that run.
@@ -114,7 +112,7 @@ def prune(
                 outer.enter_context(interruptible())
                 if ranks.first:
                     size = plan.output_bytes
-                    opened = Destination.open(output_dir, overwrite, plan.inputs, size, identified, resume)
+                    opened = Destination.open(output_dir, size, identified, resume)
                     destination = stack.enter_context(opened)
             own_tokenizer = _tokenizer(plan, tokenizer)
             display = make_progress() if progress and ranks.first else Progress()

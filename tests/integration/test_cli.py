@@ -92,7 +92,7 @@ class TestPrune:
         prune()
         files = {path.name for path in Path("out").iterdir()}
         tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-        ours = {"report.html", "report.json", "report.md", "recipe.yaml", "README.md", ".optima.json"}
+        ours = {"report.html", "report.json", "report.md", "recipe.yaml", "README.md"}
         assert files == {"config.json", "generation_config.json"} | tokenizer | ours | weight_files(Path("out")).keys()
 
     def test_report_is_of_this_run(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def saved(masks: dict[str, Tensor], file: str = "masks.safetensors") -> str:
 
 
 def pruned(*options: str) -> dict[str, Tensor]:
-    assert main(prune_arguments("--overwrite", *options)) == 0
+    shutil.rmtree("out", ignore_errors=True)
+    assert main(prune_arguments(*options)) == 0
     return load_weights(Path("out"))
 
 

@@ -92,8 +92,6 @@ def check_goes_on(whole: Path, *options: str) -> str:
     """The next run ends as an undisturbed one; returns its notes."""
     if not Path("out").exists():
         assert finish(start("out", "--resume", *options)) == 0, printed()
-    elif PARTIAL.exists():  # it was stopped when there was nothing left to do but clear up
-        assert finish(start("out", "--resume", "--overwrite", *options)) == 0, printed()
     check_same(whole)
     return "; ".join(optima.load_report("out").run.notes)
 
@@ -184,19 +182,6 @@ class TestStopped:
     def test_by_a_loss_of_power_at_every_other_write(self, whole: Path, names: bool) -> None:
         """One begins at the first write and one at the second, so that every write is lost in one of both ways."""
         lost_power_at(whole, range(1 + names, count_syncs() + 1, 2), names)
-
-    @SLOW
-    def test_at_the_last_writes_over_an_earlier_output(self, whole: Path) -> None:
-        count = count_syncs()
-        for number in range(count - 12, count + 1, 2):
-            assert finish(start("out", "--sparsity", "0.7", "--no-resume")) == 0
-            earlier = files(Path("out"))
-            assert finish(start("out", "--overwrite", prepare=stop_at_sync(number))) == -signal.SIGKILL
-            assert not Path("out").exists() or files(Path("out")) in (earlier, files(whole))
-            if PARTIAL.exists():
-                assert finish(start("out", "--resume", "--overwrite")) == 0, printed()
-            check_same(whole)
-            shutil.rmtree("out")
 
     @SLOW
     def test_at_random_moments(self, whole: Path) -> None:

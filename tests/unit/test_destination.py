@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import shutil
 import signal
@@ -15,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import snapshot
 
-from optima.checkpointing import MANIFEST, Destination, Journal
+from optima.checkpointing import Destination, Journal
 from optima.errors import ModelError
 from optima.stopping import Interrupted, interruptible, stop_if_asked
 
@@ -30,8 +28,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "here"
 
 
-def claim(path: str | Path = "out", overwrite: bool = False, **options: object) -> AbstractContextManager[Destination]:
-    return Destination.open(path, overwrite, **options)  # type: ignore[arg-type]
+def claim(path: str | Path = "out", **options: object) -> AbstractContextManager[Destination]:
+    return Destination.open(path, **options)  # type: ignore[arg-type]
 
 
 def commit(destination: Destination) -> None:
@@ -39,19 +37,11 @@ def commit(destination: Destination) -> None:
     destination.journal.append({"block": "a", "file": None})
 
 
-def run(
-    path: str | Path = "out", overwrite: bool = False, meanwhile: Callable[[], object] = int, resume: bool | None = None
-) -> None:
-    with claim(path, overwrite, resume=resume) as destination:
+def run(path: str | Path = "out", meanwhile: Callable[[], object] = int, resume: bool | None = None) -> None:
+    with claim(path, resume=resume) as destination:
         (destination.directory / "new").write_text("new")
         commit(destination)
         meanwhile()
-
-
-def make_output(path: Path) -> None:
-    path.mkdir(parents=True)
-    (path / "old").write_text("old")
-    (path / MANIFEST).write_text(json.dumps({"files": ["old", MANIFEST]}))
 
 
 def fail(error: BaseException, path: str = "out", blocks: int = 1) -> None:
@@ -62,53 +52,29 @@ def fail(error: BaseException, path: str = "out", blocks: int = 1) -> None:
         raise error
 
 
-def refused(path: str | Path = "out", overwrite: bool = False, **options: object) -> str:
+def refused(path: str | Path = "out", **options: object) -> str:
     """The message of a refusal that changes nothing."""
     before = snapshot(Path.cwd().parent)
-    with pytest.raises(ModelError) as error, claim(path, overwrite, **options):
+    with pytest.raises(ModelError) as error, claim(path, **options):
         pytest.fail("claimed")
     assert snapshot(Path.cwd().parent) == before
     return str(error.value)
 
 
 class TestStart:
-    @pytest.mark.parametrize("overwrite", [False, True])
     @pytest.mark.parametrize("kind", ["file", "directory", "link to a directory", "hidden"])
-    def test_what_is_not_ours_is_never_replaced(self, here: Path, kind: str, overwrite: bool) -> None:
+    def test_what_is_there_is_never_replaced(self, here: Path, kind: str) -> None:
         if kind == "file":
             (here / "out").write_text("thesis")
         else:
             (here / "thesis").mkdir()
             (here / "thesis" / (".tex" if kind == "hidden" else "report.json")).write_text('{"schema_version": "mine"}')
             (here / "out").symlink_to("thesis") if "link" in kind else (here / "thesis").rename("out")
-        assert "choose another --output-dir" in refused(overwrite=overwrite)
-
-    def test_an_earlier_output_is_replaced_only_if_asked(self, here: Path) -> None:
-        make_output(here / "out")
-        assert "--overwrite" in refused()
-        run(overwrite=True)
-        assert snapshot(here).keys() == {"out", "out/new", f"out/{MANIFEST}"}
-        run(overwrite=True)
-
-    @pytest.mark.parametrize("foreign", ["notes.txt", "adapter/w.bin", "70/model.safetensors", "link"])
-    def test_an_earlier_output_with_other_files_is_not(self, foreign: str) -> None:
-        make_output(Path("out"))
-        Path("out", foreign).parent.mkdir(exist_ok=True)
-        Path("out", foreign).symlink_to("nowhere") if foreign == "link" else Path("out", foreign).touch()
-        assert foreign in refused(overwrite=True)
-
-    @pytest.mark.parametrize("out", ["in", "in/../in", "link", "above"])
-    def test_an_input_is_never_replaced(self, here: Path, out: str) -> None:
-        for directory in (here / "in", here / "above"):
-            make_output(directory)
-        (here / "above" / "model").mkdir()
-        (here / "link").symlink_to("in")
-        (here / "linked-input").symlink_to("above/model")
-        assert "which this run reads" in refused(out, True, inputs=["link", "linked-input"])
+        assert "choose another --output-dir" in refused()
 
     @pytest.mark.parametrize("path", ["/", "/proc", ".", ".."])
     def test_mount_points_and_the_current_directory(self, path: str) -> None:
-        with pytest.raises(ModelError, match="choose a directory below it"), claim(path, True):
+        with pytest.raises(ModelError, match="choose a directory below it"), claim(path):
             pass
 
     @pytest.mark.parametrize("path", ["a\0b", "a\udcff", "a" * 256, "~no-such-user/out", "loop/out", "file/a/out"])
@@ -150,56 +116,24 @@ class TestTwoRuns:
 class TestEnd:
     def test_nothing_is_under_the_name_before(self, here: Path) -> None:
         run("a/b/out", meanwhile=lambda: pytest.fail("there") if Path("a/b/out").exists() else None)
-        assert snapshot(here).keys() == {"a", "a/b", "a/b/out", "a/b/out/new", f"a/b/out/{MANIFEST}"}
+        assert snapshot(here).keys() == {"a", "a/b", "a/b/out", "a/b/out/new"}
 
-    @pytest.mark.parametrize("overwrite", [False, True])
-    @pytest.mark.parametrize("kind", ["directory", "file", "output"])
-    def test_what_appeared_during_the_run_stays(self, here: Path, kind: str, overwrite: bool) -> None:
+    def test_an_empty_directory_is_free(self, here: Path) -> None:
+        (here / "out").mkdir()
+        run()
+        assert (here / "out" / "new").exists()
+
+    @pytest.mark.parametrize("kind", ["directory", "file"])
+    def test_what_appeared_during_the_run_stays(self, here: Path, kind: str) -> None:
         def appear() -> None:
-            if kind == "file":
-                Path("out").write_text("thesis")
-            else:
-                make_output(Path("out"))
-                if kind == "directory":
-                    Path("out", "thesis").write_text("thesis")
+            if kind == "directory":
+                Path("out").mkdir()
+            (Path("out", "thesis") if kind == "directory" else Path("out")).write_text("thesis")
 
-        if kind == "output" and overwrite:
-            run(overwrite=True, meanwhile=appear)
-            assert (here / "out" / "new").exists()
-            return
         with pytest.raises(ModelError, match=r"the finished checkpoint is in .*out\.1"):
-            run(overwrite=overwrite, meanwhile=appear)
+            run(meanwhile=appear)
         assert (here / "out.1" / "new").exists()
-        assert (here / "out").is_file() or (here / "out" / "old").exists()
         assert set(os.listdir(here)) == {"out", "out.1"}
-
-    def test_a_rename_that_fails_leaves_both(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        make_output(here / "out")
-        rename = Path.rename
-
-        def refuse(self: Path, target: Path) -> Path:
-            if self.name == "model" and target.name == "out":
-                raise OSError(errno.EIO, "Input/output error")
-            return rename(self, target)
-
-        monkeypatch.setattr(Path, "rename", refuse)
-        with pytest.raises(ModelError, match="Input/output error"):
-            run(overwrite=True)
-        assert (here / "out" / "old").exists()
-        assert (here / "out.1" / "new").exists()
-
-    @pytest.mark.parametrize("resume", [False, True])
-    def test_a_kill_between_two_renames_loses_nothing(self, here: Path, resume: bool) -> None:
-        make_output(here / "out")
-        if os.fork() == 0:
-            rename = Path.rename
-            Path.rename = lambda self, to: os._exit(0) if self.name == "model" else rename(self, to)  # type: ignore[method-assign]
-            run(overwrite=True)
-        os.wait()
-        assert not (here / "out").exists()
-        with pytest.raises(ModelError, match="--overwrite"):
-            run(resume=resume)
-        assert (here / "out" / "old").exists()
 
 
 class TestFailure:
@@ -225,7 +159,7 @@ class TestFailure:
             assert set(os.listdir(destination.partial)) == {"run.json", "journal.jsonl", "model"}
             destination.journal.begin(RUN)
             assert destination.journal.resumed
-        assert set(os.listdir(here / "out")) == {"config.json", MANIFEST}
+        assert set(os.listdir(here / "out")) == {"config.json"}
 
     def test_it_can_be_deleted(self) -> None:
         with pytest.raises(KeyboardInterrupt):

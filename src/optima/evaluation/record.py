@@ -119,15 +119,13 @@ class Evaluation(Record):
             write_whole(Path(path), to_json(self, indent=2, inf_nan_mode="strings") + b"\n")
 
 
-def check_output(path: str | Path, overwrite: bool) -> None:
-    """Raise ``OptimaError`` if ``path`` cannot be written; ``overwrite`` replaces nothing but an evaluation."""
+def check_output(path: str | Path) -> None:
+    """Raise ``ModelError`` if ``path`` exists or its directory does not."""
     file = Path(path)
     if file.is_dir() or not file.parent.is_dir():
         raise ModelError(f"--output {file} must name a file in a directory that exists")
     if file.exists():
-        if not overwrite:
-            raise ModelError(f"{file} exists: replace it with --overwrite, or choose another --output")
-        load_evaluation(file)
+        raise ModelError(f"{file} exists: delete it, or choose another --output")
 
 
 def load_evaluation(path: str | Path) -> Evaluation:

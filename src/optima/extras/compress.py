@@ -49,33 +49,31 @@ class Conversion:
         return f"{self.before / 1e6:,.1f} MB -> {self.after / 1e6:,.1f} MB ({change:.1%}): {self.path}"
 
 
-def compress(directory: str | Path, output_dir: str | Path | None = None, overwrite: bool = False) -> Conversion:
+def compress(directory: str | Path, output_dir: str | Path | None = None) -> Conversion:
     """Write a checkpoint anew, its safetensors files compressed and all other files as they are.
 
     Args:
         directory: a local checkpoint in safetensors format; it stays as it is.
         output_dir: the new directory, by default the name of ``directory`` with ``-compressed`` appended.
-        overwrite: replace an earlier output.
 
     Raises:
         ModelError: if ``directory`` holds no safetensors files, damaged or compressed ones, or lacks some, or the
             output cannot be written.
     """
-    return _convert(directory, output_dir, overwrite, PLAIN, COMPRESSED, _compress_shard)
+    return _convert(directory, output_dir, PLAIN, COMPRESSED, _compress_shard)
 
 
-def restore(directory: str | Path, output_dir: str | Path | None = None, overwrite: bool = False) -> Conversion:
+def restore(directory: str | Path, output_dir: str | Path | None = None) -> Conversion:
     """Restore the checkpoint that ``compress`` read, bit for bit; arguments and errors as there.
 
     ``directory`` is what ``compress`` wrote; the default name of the new one ends in ``-restored``.
     """
-    return _convert(directory, output_dir, overwrite, COMPRESSED, PLAIN, _restore_shard)
+    return _convert(directory, output_dir, COMPRESSED, PLAIN, _restore_shard)
 
 
 def _convert(
     directory: str | Path,
     output_dir: str | Path | None,
-    overwrite: bool,
     old: str,
     new: str,
     convert: Callable[[Path, Path], None],
@@ -92,7 +90,7 @@ def _convert(
     here = Path(os.path.abspath(source))
     path = here.with_name(here.name + ("-compressed" if new == COMPRESSED else "-restored"))
     path = path if output_dir is None else Path(output_dir)
-    with interruptible(), Destination.open(path, overwrite, [source]) as destination:
+    with interruptible(), Destination.open(path) as destination:
         target = destination.directory
         with explain_write_errors(destination.path):
             for file in others:

@@ -93,7 +93,6 @@ def permute(
     calibration: Tensor | Iterable[str] | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
-    overwrite: bool = False,
     progress: bool = True,
 ) -> Permutation:
     """Permute the channels of MLPs and rotate value heads so that N:M patterns prune less; the function stays the same.
@@ -110,7 +109,6 @@ def permute(
         calibration: instead of the recipe's dataset: documents, or token ids of shape (samples, length).
         device: auto, cpu, cuda or cuda:N.
         trust_remote_code: run code that comes with the checkpoint.
-        overwrite: replace an earlier output.
         progress: print a line per block.
 
     Raises:
@@ -131,7 +129,7 @@ def permute(
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
-            opened = Destination.open(output_dir, overwrite, plan.inputs, plan.output_bytes)
+            opened = Destination.open(output_dir, plan.output_bytes)
             destination = stack.enter_context(opened)
         own_tokenizer = load_tokenizer(plan.source) if plan.source is not None and tokenizer is None else tokenizer
         shown = stack.enter_context(Callbacks([make_progress() if progress else Progress()]))
