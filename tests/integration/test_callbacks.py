@@ -15,7 +15,7 @@ import pytest
 from tiny import Refused, make_llama, make_tokenizer, make_tokens, prune_arguments
 
 from optima import BlockEvent, Callback, Recipe, Report, RunStart, load_report, prune
-from optima.cli import COMMANDS, main
+from optima.cli import main
 from optima.reporting.record import LinearRecord
 
 RECIPE = Recipe(selector="wanda", objective="sink", max_seq_length=16, num_calibration_samples=5)
@@ -183,13 +183,6 @@ class TestExitCodes:
     def test_the_page_has_them_all(self) -> None:
         assert self.codes() == {0, 1, 2, 129, 130, 137, 141, 143}
 
-    def test_done_and_refused(self, root: Path) -> None:
-        for arguments, code in (["--version"], 0), ([], 2):
-            with pytest.raises(SystemExit) as stopped:
-                main(arguments)
-            assert stopped.value.code == code
-        assert main(["prune", "nowhere", "--output-dir", "out"]) == 2
-
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
     def test_signals(self, root: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int) -> None:
         def stop(self: object, *_: object) -> None:
@@ -201,9 +194,3 @@ class TestExitCodes:
             assert main(prune_arguments()) == code
         finally:
             signal.signal(number, before)
-
-    def test_a_bug_is_no_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Python ends with 1 and the traceback."""
-        monkeypatch.setitem(COMMANDS, "compress", lambda **_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            main(["compress", "somewhere"])

@@ -134,12 +134,10 @@ def test_model_that_does_not_fit(
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"dataset": "missing.txt"},
         {"dataset": "text.txt", "max_windows": 0},
         {"dataset": "text.txt", "protocol": "sparsgpt"},
         {"dataset": "text.txt", "divergence": True},
-        {"models": [], "dataset": "text.txt"},
     ],
     ids=str,
 )

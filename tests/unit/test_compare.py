@@ -49,12 +49,6 @@ def test_interval_agrees_with_drawing_items() -> None:
     assert [found] == list(compare(answers(reference), answers(model))), "the seed decides"
 
 
-@pytest.mark.parametrize(("model", "value"), [("1111", 0.0), ("0000", -1.0)])
-def test_same_change_of_all_items_has_no_interval(model: str, value: float) -> None:
-    (found,) = compare(answers("1111"), answers(model))
-    assert (found.low, found.high) == (value, value)
-
-
 def evaluation(*hashes: str) -> Evaluation:
     """Of dense, a, b, ... with perplexities 10, 20, 30, ..."""
     models = tuple(

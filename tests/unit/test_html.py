@@ -109,17 +109,6 @@ def test_comparison_shows_how_recipes_and_errors_differ() -> None:
     assert "up_proj 0.1000 0.1000 +0.0%" in alike
 
 
-@pytest.mark.parametrize("evaluated", [0, 1])
-def test_a_run_that_was_not_evaluated_has_a_gap_in_the_headlines(evaluated: int) -> None:
-    figures: list[list[tuple[str, str, str]]] = [[], []]
-    figures[evaluated] = [("perplexity", "68.21", "")]
-    found = Page(render_html({"one": report(), "two": report()}, figures))
-    cells = re.findall(r"<td>(.*?)</td>", found.text.partition("</header>")[0])
-    assert len(cells) == 2 * 6
-    assert sorted(cell for cell in cells if cell in ("68.21", "–")) == ["68.21", "–"]
-    assert found.shown.count("perplexity") == 1
-
-
 def test_nothing_is_fetched_and_only_the_page_s_own_script_runs() -> None:
     found = page(report())
     for tag, attributes in found.elements:
@@ -157,31 +146,9 @@ def test_numbers_that_json_cannot_hold() -> None:
     assert "the error is not a finite number" in found.shown
 
 
-def test_two_thousand_linears_fit() -> None:
-    value = math.pi / 1000  # as many digits as a float has
-    many = [
-        linear(f"mlp.experts.{i}.down_proj", block, error=value, error_mask=value, error_selector=value, seconds=value)
-        for block in range(20)
-        for i in range(100)
-    ]
-    assert len(page(report(*many)).text.encode()) < BYTES
-
-
 def test_tuned_blocks_are_listed() -> None:
     plain = report(linear(block=0), linear(block=1))
     assert SECTIONS["tuning"] not in render_html({"run": plain})
     blocks = (BlockRecord(0, "b.0", {}, (2.0, 2.5), 0), BlockRecord(1, "b.1", {}, (2.0, 1.5), 1))
     shown = page(replace(plain, blocks=blocks)).shown
     assert "b.0 2.0000 → 2.0000 not changed b.1 2.0000 → 1.5000 −25.0%" in shown
-
-
-def test_runs_of_long_paths_are_told_apart_where_there_is_little_room() -> None:
-    for names, short in (
-        (["/long/way/to/one", "/long/way/to/other"], ["one", "other"]),
-        (["/long/way/one/out", "/long/way/other/out"], ["one/out", "other/out"]),
-        (["org/model", "model-50"], ["org/model", "model-50"]),
-        (["/long/way/to/one"], ["/long/way/to/one"]),
-        (["runs/one", "runs/one-more"], ["one", "one-more"]),
-    ):
-        page = Page(render_html({name: report() for name in names}))
-        assert [run["title"] for run in page.data] == short

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import LINES, make_tokenizer
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
@@ -110,16 +108,6 @@ def test_divergence_equals_the_plain_definition(name: str, positions: int, monke
     torch.testing.assert_close(found.loss_N, plain_losses(model, windows()), rtol=1e-5, atol=0.0)
 
 
-@settings(max_examples=25)
-@given(num_windows=st.integers(1, 4), length=st.integers(2, 12), batch_size=st.integers(1, 5))
-def test_any_shape(num_windows: int, length: int, batch_size: int) -> None:
-    model, tokens_NL = llama(torch.float64), windows(num_windows, length)
-    seen: list[tuple[int, int]] = []
-    found = measure_windows(model, tokens_NL, batch_size=batch_size, progress=lambda *counts: seen.append(counts))
-    torch.testing.assert_close(found.loss_N, plain_losses(model, tokens_NL), rtol=1e-5, atol=0.0)
-    assert seen[-1] == (num_windows, num_windows)
-
-
 def test_bfloat16_likelihoods_are_float32() -> None:
     model = llama(torch.bfloat16)
     expected = plain_losses(model, windows()).mean().exp().item()
@@ -216,12 +204,6 @@ def test_windows_of_a_protocol(protocol: str) -> None:
     assert tokens_NL.dtype == torch.int64
     plain_NL = evaluation_windows(documents, tokenizer(None), 3, 2, protocol)
     assert plain_NL.tolist() == [[1, 2, 3], [200, 4, 5]]
-
-
-@pytest.mark.parametrize("documents", [[], ["1 2"]])
-def test_too_little_text(documents: list[str]) -> None:
-    with pytest.raises(CalibrationError, match=r"has [02] tokens"):
-        evaluation_windows(documents, tokenizer("<s> $A"), 4)
 
 
 def test_windows_of_a_part_of_the_text_are_those_of_the_whole() -> None:

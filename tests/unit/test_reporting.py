@@ -149,14 +149,6 @@ class TestSummary:
 
 
 class TestMarkdown:
-    def test_columns_are_there_where_they_say_something(self) -> None:
-        plain = section(render_markdown(report()), "Largest errors")[0]
-        assert not {"selector", "not converged"} & {cell.strip() for cell in plain.split("|")}
-        other = linear("mlp.down_proj", error_selector=0.15, rows_not_converged=1)
-        full = section(render_markdown(report(linear(), other)), "Largest errors")[0]
-        assert {"selector", "not converged"} <= {cell.strip() for cell in full.split("|")}
-        assert "gap" not in section(render_markdown(report(unsolved())), "By kind of linear layer")[0]
-
     def test_times(self) -> None:
         lines = section(render_markdown(report(stages={"forward": 31.0, "solve": 15.5})), "Time")
         times = [["forward", "31.0 s", "50%"], ["solve", "15.5 s", "25%"], ["everything else", "15.5 s", "25%"]]
@@ -169,13 +161,6 @@ class TestMarkdown:
             line.split("|")[1].strip() for line in section(text, "By kind of linear layer") if line.startswith("| `")
         ]
         assert kinds == ["`query`", "`attention.output.dense`", "`output.dense`", "`up`"]
-
-    def test_tables_are_rectangular(self) -> None:
-        text = render_markdown(report(linear(), linear("mlp.a|b", 12, rows_not_converged=1), unsolved(block=3)))
-        tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-        assert len(tables) == 3
-        for lines in tables:
-            assert len({(len(line), line.replace("\\|", "").count("|")) for line in lines}) == 1
 
     def test_texts_of_a_checkpoint_are_inert(self) -> None:
         evil = "evil\n\x1b[31m<script>\x9b"
@@ -228,20 +213,6 @@ class TestProgress:
         assert "0:00:12 elapsed  0:01:02 left" in text, "3 blocks of 10 seconds, and 8 x 4 seconds for the last"
         assert "0:00:22 elapsed  0:00:52 left" in text
 
-    def test_a_long_pass_reports_its_share(self) -> None:
-        now, screen = 0.0, io.StringIO()
-        callbacks = Callbacks([Progress(Console(file=screen))], lambda: now)
-        callbacks.stage("gradients", 2)
-        for second in range(20, 200, 20):
-            now = float(second)
-            callbacks.progress(second / 200)
-        lines = screen.getvalue().splitlines()
-        assert lines[0] == "gradient pass: 2 blocks"
-        assert lines[1:3] == [
-            "gradient pass: 20%  0:00:40 elapsed  0:02:40 left",
-            "gradient pass: 40%  0:01:20 elapsed  0:02:00 left",
-        ]
-
     @pytest.mark.parametrize("width", [60, 120])
     def test_display_is_one_line_and_names_what_runs(self, width: int) -> None:
         console = screen_of(width)
@@ -251,19 +222,6 @@ class TestProgress:
         assert "mean error 0.1000" in text
         assert ("hessians" in text) or width < 100
         assert "\x1b[1A" not in text, "cursor-up would mean that the line wrapped"
-
-    def test_an_interrupt_restores_the_cursor(self) -> None:
-        console = screen_of()
-
-        def interrupted() -> None:
-            with Callbacks([Progress(console)]) as callbacks:
-                callbacks.stage("prune", 2)
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            interrupted()
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
 
     def test_a_reader_of_stderr_that_leaves_ends_as_one_of_stdout(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Left(io.StringIO):
