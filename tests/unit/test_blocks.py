@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-import transformers as hf
 from families import FAMILIES, build
 from tiny import blocks_of, make_llama
 from torch import nn
@@ -32,10 +31,6 @@ LLAMA_LINEARS = [
 ]
 
 
-def make_gpt2() -> hf.GPT2LMHeadModel:
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32))
-
-
 def names(blocks: Sequence[Block]) -> list[str]:
     return [linear.name for block in blocks for linear in block.linears]
 
@@ -52,20 +47,6 @@ class TestFindStacks:
                 weight = model.get_submodule(linear.name).weight
                 assert linear.parameter is weight
                 assert linear.shape == tuple(weight.shape)
-
-    def test_transposed_linears(self) -> None:
-        model = make_gpt2()
-        linears = {linear.name: linear for linear in blocks_of(model)[0].linears}
-        assert list(linears) == [
-            f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-        ]
-        assert linears["transformer.h.0.attn.c_attn"].shape == (48, 16)
-        assert linears["transformer.h.0.mlp.c_proj"].shape == (16, 64)
-
-    def test_blocks_of_several_classes_some_without_linears(self) -> None:
-        stack = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.ReLU(), nn.Bilinear(2, 2, 2)])
-        blocks = blocks_of(nn.Sequential(stack))
-        assert [(block.name, len(block.linears)) for block in blocks] == [("0.0", 1), ("0.1", 0), ("0.2", 0)]
 
     def test_lists_that_are_no_stack(self) -> None:
         class Lists(nn.Module):
