@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -102,61 +101,27 @@ def stop_at_sync(count: int, number: int = signal.SIGKILL) -> Callable[[], None]
     return prepare
 
 
-class Disk:
-    """Remembers what was brought to the disk below the current directory; loses the rest at the ``count``-th time.
+def lose_power_at_sync(count: int) -> Callable[[], None]:
+    """As ``stop_at_sync``, and files are left with what they had when they were last brought to the disk."""
 
-    Args:
-        count: power fails right after this many calls of ``os.fsync``.
-        names: whether names in directories that were not brought to the disk survive (empty, if the file was not).
-    """
+    def prepare() -> None:
+        fsync, calls, root = os.fsync, iter(range(1, 10**6)), Path.cwd()
+        before, contents = set(root.rglob("*")), dict[int, bytes]()
 
-    def __init__(self, count: int, names: bool) -> None:
-        self.count, self.survive = count, names
-        self.contents: dict[int, bytes] = {}
-        self.entries: dict[int, dict[str, tuple[int, bool]]] = {}
+        def noted(handle: int) -> None:
+            fsync(handle)
+            path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+            if path.is_file():
+                contents[path.stat().st_ino] = path.read_bytes()
+            if next(calls) == count:
+                for file in set(root.rglob("*")) - before:
+                    if file.is_file() and file.name != MESSAGES:
+                        file.write_bytes(contents.get(file.stat().st_ino, b""))
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    def __call__(self) -> None:
-        """For ``prepare``."""
-        self.root = Path.cwd()
-        self.before = set(os.listdir(self.root))
-        self._look(self.root)
-        self._fsync, os.fsync = os.fsync, self.fsync  # type: ignore[assignment]
+        os.fsync = noted
 
-    def fsync(self, handle: int) -> None:
-        self._fsync(handle)
-        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        if path.is_dir():
-            self._look(path)
-        else:
-            self.contents[path.stat().st_ino] = path.read_bytes()
-        self.count -= 1
-        if not self.count:
-            self._lose()
-
-    def _look(self, directory: Path) -> None:
-        self.entries[directory.stat().st_ino] = {
-            each.name: (each.inode(), each.is_dir(follow_symlinks=False)) for each in os.scandir(directory)
-        }
-
-    def _lose(self) -> None:
-        if self.survive:
-            for directory in (self.root, *(path for path in self.root.rglob("*") if path.is_dir())):
-                self._look(directory)
-        tree = dict(self._tree(self.root.stat().st_ino, Path()))
-        for name in set(os.listdir(self.root)) - self.before - {MESSAGES}:
-            path = self.root / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path, content in tree.items():
-            if path.parts[0] not in self.before and path.name != MESSAGES:
-                path.mkdir() if content is None else path.write_bytes(content)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def _tree(self, inode: int, path: Path) -> list[tuple[Path, bytes | None]]:
-        found: list[tuple[Path, bytes | None]] = []
-        for name, (child, directory) in self.entries.get(inode, {}).items():
-            found.append((path / name, None if directory else self.contents.get(child, b"")))
-            found += self._tree(child, path / name) if directory else []
-        return found
+    return prepare
 
 
 def raising(error: BaseException) -> Callable[..., None]:

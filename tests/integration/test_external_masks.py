@@ -131,7 +131,7 @@ def test_masks_named_after_single_experts(root: Path) -> None:
         prune(build(family), recipe, calibration=make_ids())
 
 
-def test_what_else_lies_beside_a_checkpoint_is_no_mask(root: Path) -> None:
+def test_other_files_in_a_checkpoint_are_no_masks(root: Path) -> None:
     first = pruned("--selector", "magnitude", "--sparsity", "0.6", "--solver", "none")
     Path("out").rename("theirs")
     save_file({name: torch.ones_like(weight) for name, weight in first.items()}, "theirs/old.safetensors")
@@ -205,15 +205,6 @@ def test_no_masks_there(cheap: Refused, root: Path, path: str) -> None:
 def test_a_dense_checkpoint_has_no_masks(late: Refused, root: Path) -> None:
     save_model(Path("dense"))
     assert "prunes nothing" in late(*EXTERNAL, "dense")
-
-
-def test_names_that_no_model_has(late: Refused, root: Path) -> None:
-    save_model(Path("theirs"))
-    save_file({f"own.{i}.{name}": w for i, (name, w) in enumerate(make_llama().state_dict().items())}, "w.safetensors")
-    Path("w.safetensors").replace("theirs/model.safetensors")
-    message = late(*EXTERNAL, "theirs")
-    assert "has no mask for model.layers.0.self_attn.q_proj" in message
-    assert "nor one that transformers would make of these: the checkpoint theirs lacks weights" in message
 
 
 def test_masks_of_an_object_are_taken_as_they_are() -> None:

@@ -11,12 +11,12 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from runs import MESSAGES, Disk, finish, on_call, raising, start, stop_at_sync
+from runs import MESSAGES, finish, lose_power_at_sync, on_call, raising, start, stop_at_sync
 from safetensors.torch import load_file, save_file
 from tiny import make_llama, make_tokens, prune_arguments, save_model, save_text, snapshot
 
@@ -132,13 +132,6 @@ def stopped(blocks: int = 2, *options: str) -> None:
     assert len(Journal(JOURNAL).blocks) == blocks
 
 
-def lost_power_at(whole: Path, counts: Iterable[int], names: bool) -> None:
-    for count in counts:
-        assert finish(start("out", prepare=Disk(count, names))) == -signal.SIGKILL
-        check_goes_on(whole)
-        shutil.rmtree("out")
-
-
 class TestStopped:
     @pytest.mark.parametrize(
         ("blocks", "options"), [(1, ()), pytest.param(2, (), marks=SLOW), (BLOCKS, ()), (2, TUNED), (1, GENERATED)]
@@ -174,14 +167,12 @@ class TestStopped:
         assert "--resume" in printed()
         check_goes_on(whole)
 
-    def test_by_a_loss_of_power(self, whole: Path) -> None:
-        lost_power_at(whole, [10, 11], names=True)
-
-    @SLOW
-    @pytest.mark.parametrize("names", [True, False])
-    def test_by_a_loss_of_power_at_every_other_write(self, whole: Path, names: bool) -> None:
-        """One begins at the first write and one at the second, so that every write is lost in one of both ways."""
-        lost_power_at(whole, range(1 + names, count_syncs() + 1, 2), names)
+    @pytest.mark.parametrize("first", [10, pytest.param(1, marks=SLOW)])
+    def test_by_a_loss_of_power(self, whole: Path, first: int) -> None:
+        for count in (first, first + 1) if first > 1 else range(1, count_syncs() + 1):
+            assert finish(start("out", prepare=lose_power_at_sync(count))) == -signal.SIGKILL
+            check_goes_on(whole)
+            shutil.rmtree("out")
 
     @SLOW
     def test_at_random_moments(self, whole: Path) -> None:

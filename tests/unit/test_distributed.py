@@ -152,7 +152,7 @@ def test_an_error_at_the_very_end_is_raised_by_all() -> None:
     assert in_processes(SIZE, work) == [2, 2, 2]
 
 
-def test_a_death_behind_the_work_of_the_first_is_a_warning() -> None:
+def test_a_death_after_the_work_of_rank_0_is_a_warning() -> None:
     def work(ranks: Ranks) -> None:
         ranks.gather(None)
         if ranks.rank == 1:
