@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -103,6 +104,7 @@ def prune(
     with ExitStack() as outer:  # the end is reported only once the output has its name
         with ExitStack() as stack:
             ranks = stack.enter_context(joined())
+            stack.enter_context(torch.inference_mode(False))  # the caller's: gradients are taken
             stack.enter_context(default_torch_settings())
             plan = plan_run(model, recipe, output_dir, calibration, ranks, device, trust_remote_code)
             stack.enter_context(memory_explained())

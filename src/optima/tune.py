@@ -177,8 +177,7 @@ def tune_block(
     """
     cost: AbstractContextManager[BlockError | LogitsError]
     try:
-        # Gradients are taken through the metric.
-        with torch.inference_mode(False), full_precision(), _memory_of_all(acts.ranks):
+        with full_precision(), _memory_of_all(acts.ranks):
             if lm_head is not None:
                 tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
                 cost = lm_head.error(acts)
@@ -224,8 +223,7 @@ def tune(
     numbered = dict(enumerate(own, start=sum(map(len, samples[: ranks.rank]))))
     held_out = [*range(HELD_OUT - 1, len(sizes), HELD_OUT)] or [len(sizes) - 1]
     trained = [number for number in range(len(sizes)) if number not in held_out]
-    with torch.inference_mode(False):
-        masters = _masters(block, keeps, solutions or {})
+    masters = _masters(block, keeps, solutions or {})
     if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
 
@@ -301,7 +299,6 @@ class _Error:
         name, module = self.block.name, self.block.module
         with (
             _memory_of_all(self.acts.ranks),
-            torch.inference_mode(False),
             torch.enable_grad(),
             differentiable(module),
         ):

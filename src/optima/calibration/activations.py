@@ -147,7 +147,6 @@ class Activations:
         """What ``work`` returns for the microbatches that the device has memory for, see ``BatchSize.map``."""
         return self.batch_size.map(self.sizes[batch][0], work, self.probe.divisible)
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def forward(self, block: Block, start: Callable[[int, slice], None] = lambda batch, rows: None) -> None:
         """Replace each batch's hidden states by the block's outputs.
@@ -247,7 +246,6 @@ class _AllCaptured(Exception):  # noqa: N818 - not an error
     """Stops the model's forward pass at the last block that is needed."""
 
 
-@torch.inference_mode(False)  # gradients are taken through what is captured
 @torch.no_grad()
 @full_precision()
 def capture(

@@ -111,7 +111,7 @@ def fisher_weights(
     Raises:
         NotDifferentiableError: if there are no gradients, or they are not finite, on any rank.
     """
-    with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
+    with torch.enable_grad(), differentiable(model):
         gradient_pass = _GradientPass(model, stack, acts, weights or Weights(model), fisher_batches(acts, share))
         found = gradient_pass.run(seed, residual, coupled, progress)
     give_back_freed_memory()

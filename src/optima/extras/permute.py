@@ -119,6 +119,7 @@ def permute(
         ranks = stack.enter_context(joined())
         if ranks.size > 1:
             raise RecipeError("channels are permuted by one process: start it without torchrun")
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(default_torch_settings())
         if isinstance(recipe, Recipe):
             recipe = recipe.replace(tuning_epochs=0)
