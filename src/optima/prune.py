@@ -85,9 +85,8 @@ def prune_stack(
     """
     blocks, committed = stack.blocks[: stack.needed], run.committed()
     tuner = make_tuner(acts, fisher, head, run)
-    last = 1.0 if tuner is None else tuner.cost_of_last(acts)
     done = sum(block.name in committed for block in blocks)
-    run.progress.stage("prune", len(blocks), max(len(block.linears) for block in blocks), done, last)
+    run.progress.stage("prune", len(blocks), done)
     for block in blocks:
         resumed, noted = committed.get(block.name), len(run.notes)
         clock = run.clock if resumed else Stopwatch(run.device, run.progress.step)
@@ -301,10 +300,6 @@ class Tuner:
     dense: Activations
     fisher: FisherWeights | None
     head: LmHead | None
-
-    def cost_of_last(self, acts: Activations) -> float:
-        """Cost of tuning the last block relative to another block."""
-        return 1.0 if self.head is None else self.head.tuning_cost(max(length for _, length in acts.sizes))
 
     def forward(self, block: Block, clock: Stopwatch) -> None:
         """Advance the dense inputs to the outputs of the dense ``block``, which are the targets."""

@@ -126,7 +126,7 @@ def prune(
             run.note(*plan.notes, *weights.notes, *_notes(plan, network))
             if ranks.first:
                 run.progress = outer.enter_context(Callbacks([display, *callbacks]))
-                run.progress.start(_start(plan, output_dir))
+                run.progress.start(_start(plan))
             run.memory = PeakMemory(plan.device)  # before the model generates text, whole on the device
             if destination is not None:
                 prepare(network, to_save(plan.source, tokenizer, own_tokenizer), plan.source, destination.directory)
@@ -227,10 +227,9 @@ def _identity(plan: Plan, ranks: Ranks, written: bool) -> dict[str, Any]:
     return found
 
 
-def _start(plan: Plan, output_dir: str | Path | None) -> RunStart:
+def _start(plan: Plan) -> RunStart:
     return RunStart(
         model=plan.name,
-        output_dir=None if output_dir is None else str(output_dir),
         device=describe_device(plan.device),
         recipe=plan.recipe.to_dict(),
         blocks=sum(bool(block.linears) for block in plan.blocks),

@@ -31,8 +31,8 @@ class Diary(Callback):
     def on_start(self, start: RunStart) -> None:
         self.calls.append(("start", start))
 
-    def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
-        self.calls.append(("stage", (stage, blocks, linears_per_block, done)))
+    def on_stage(self, stage: str, blocks: int, done: int) -> None:
+        self.calls.append(("stage", (stage, blocks, done)))
 
     def on_progress(self, fraction: float, elapsed: float, left: float) -> None:
         assert elapsed > 0 <= left
@@ -73,7 +73,7 @@ class TestCallbacks:
         assert diary.of("end") == [report]
         assert diary.of("close") == [None]
         (start,) = diary.of("start")
-        assert (start.model, start.output_dir, start.blocks, start.linears) == ("LlamaForCausalLM", None, 2, 14)
+        assert (start.model, start.blocks, start.linears) == ("LlamaForCausalLM", 2, 14)
         assert (start.samples, start.length) == (5, 16)
         assert start.recipe == report.run.recipe
 
@@ -85,23 +85,13 @@ class TestCallbacks:
         recipe = RECIPE.replace(dataset=["text.txt"], self_generated=0.5, num_calibration_samples=36)
         report = prune(make_llama(), recipe, tokenizer=make_tokenizer(), callbacks=[diary])
         assert [kind for kind, _ in diary.calls[:2]] == ["start", "stage"], "before text is written"
-        assert diary.of("stage")[0] == ("generate", 18, 1, 0)
+        assert diary.of("stage")[0] == ("generate", 18, 0)
         fractions = diary.of("progress")
         assert fractions == sorted(set(fractions))
         assert 0 < fractions[0] < 1 == fractions[-1]
         (start,) = diary.of("start")
         assert (start.samples, start.length) == (36, 16)
         assert report.run.num_tokens == 36 * 16
-
-    def test_passes_before_the_pruning_are_named_and_report_progress(self) -> None:
-        diary = Diary()
-        recipe = Recipe(allocation="loss", max_seq_length=16, batch_size=2)
-        prune(make_llama(), recipe, calibration=make_tokens(), callbacks=[diary])
-        assert [stage for stage, *_ in diary.of("stage")] == ["gradients", "sensitivity", "prune"]
-        assert [block.stage for block in diary.of("block")] == ["sensitivity"] * 2 + ["prune"] * 2
-        fractions = diary.of("progress")
-        assert 0 < fractions[0] < 1 == fractions[-1]
-        assert fractions == sorted(set(fractions))
 
     def test_an_error_of_one_ends_the_run_and_closes_all(self) -> None:
         class Full(Callback):

@@ -27,7 +27,7 @@ from optima.device import backward_explained, card_memory, differentiable, forwa
 from optima.errors import NotDifferentiableError
 from optima.models.blocks import Block, Stack, count_outside, find_stacks
 from optima.models.inputs import forward, rows_of
-from optima.models.inspect import head_of, is_encoder_decoder
+from optima.models.inspect import is_encoder_decoder
 from optima.models.offload import MAIN, Weights
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
@@ -183,14 +183,6 @@ class LmHead:
     def read(self, block: Block) -> bool:
         """Whether ``block`` is what the head reads."""
         return block is self.stack.blocks[-1]
-
-    def tuning_cost(self, length: int) -> float:
-        """Cost of tuning the last block relative to another block, by the weights that ``length`` tokens meet."""
-        module = head_of(self.model)
-        head = 0 if module is None else sum(each.numel() for each in module.parameters())
-        block = sum(each.numel() for each in self.stack.blocks[-1].module.parameters())
-        compared = min(length, POSITIONS) if sliceable(self.model) else length
-        return 1.0 + head * compared / (max(block, 1) * length)
 
     @contextmanager
     def error(self, acts: Activations) -> Iterator[LogitsError]:

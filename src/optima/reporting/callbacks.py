@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from optima.errors import RecipeError
 from optima.names import kind
 from optima.reporting.record import BlockRecord, LinearRecord, Report, geometric_mean, largest
 
-PROGRESS_SECONDS = 30.0  # at least, between two lines of progress within a stage, outside a terminal
+PROGRESS_SECONDS = 30.0  # at least, between two lines within a stage, outside a terminal
 STAGES = {
     "generate": "generating calibration text",
     "gradients": "gradient pass",
@@ -29,14 +28,6 @@ STAGES = {
     "rotate": "rotating value heads",
     "prune": "pruning",
 }
-STEPS = {
-    "hessian": "hessians",
-    "tune": "tuning",
-    "logits": "tuning on logits",
-    "forward": "forward pass",
-    "read": "reading",
-    "write": "writing",
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,6 @@ class RunStart:
     """What a run is about to do, once its settings are checked and the text is read."""
 
     model: str  # the model's id or path, or the class of a model in memory
-    output_dir: str | None  # where the checkpoint will be; None for a model that stays in memory
     device: str  # where blocks are pruned
     recipe: dict[str, Any]  # resolved, as plain values
     blocks: int  # with linears to prune, over all stacks
@@ -62,7 +52,7 @@ class BlockEvent:
     done: int  # blocks of this stage that are done, this one included
     total: int  # blocks of this stage
     elapsed: float  # seconds since the stage began
-    left: float  # estimated seconds of the others, tuning included; NaN until this run has done one block
+    left: float  # seconds of the others, each taking the mean time; NaN until this run has done one block
     resumed: bool = False  # an earlier run did this block
     record: BlockRecord | None = None  # of a pruned block
     linears: tuple[LinearRecord, ...] = ()  # of a resumed block, for which ``on_linear`` is not called
@@ -77,7 +67,7 @@ class Callback:
     def on_start(self, start: RunStart) -> None:
         """The settings are checked and the text is read."""
 
-    def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
+    def on_stage(self, stage: str, blocks: int, done: int) -> None:
         """A stage begins: a key of ``STAGES``; an earlier run did ``done`` of its ``blocks``."""
 
     def on_step(self, step: str) -> None:
@@ -103,16 +93,15 @@ class Callback:
 
 
 class Callbacks:
-    """Calls all callbacks and estimates the time left. A context manager: leaving it closes them.
+    """Calls all callbacks in their order. A context manager: leaving it closes them.
 
     Args:
-        callbacks: in the order in which they are called.
+        callbacks: those to call.
         clock: seconds from any origin.
     """
 
     def __init__(self, callbacks: Sequence[Callback] = (), clock: Callable[[], float] = time.monotonic) -> None:
-        self._callbacks, self._clock = tuple(callbacks), clock
-        self._notes, self._step = 0, ""
+        self._callbacks, self._clock, self._num_notes = tuple(callbacks), clock, 0
 
     def _call(self, method: str, *event: object) -> None:
         for callback in self._callbacks:
@@ -122,20 +111,15 @@ class Callbacks:
         """The run begins."""
         self._call("on_start", start)
 
-    def stage(
-        self, stage: str, num_blocks: int, linears_per_block: int = 1, done: int = 0, last_tuning: float = 1.0
-    ) -> None:
-        """A stage begins; tuning its last block takes ``last_tuning`` times as long as tuning another."""
+    def stage(self, stage: str, num_blocks: int, done: int = 0) -> None:
+        """A stage begins."""
         self._stage, self._total, self._done, self._own = stage, num_blocks, 0, 0
-        self._extra, self._tuning = last_tuning - 1.0, 0.0
         self._began = self._own_began = self._clock()
-        self._call("on_stage", stage, num_blocks, max(linears_per_block, 1), done)
+        self._call("on_stage", stage, num_blocks, done)
 
     def step(self, step: str) -> None:
         """Work inside a block changes."""
-        if step != self._step:
-            self._step = step
-            self._call("on_step", step)
+        self._call("on_step", step)
 
     def progress(self, fraction: float) -> None:
         """A fraction of the stage is done, 0 to 1."""
@@ -150,26 +134,21 @@ class Callbacks:
         self, name: str, record: BlockRecord | None = None, resumed: Sequence[LinearRecord] | None = None
     ) -> None:
         """The next block is done; ``resumed``: its linears, if an earlier run did it."""
-        now = self._clock()
+        now, left = self._clock(), math.nan
         self._done += 1
         if resumed is not None:
-            self._own_began = now  # replayed blocks are quick and say nothing about the others
+            self._own_began = now  # resumed blocks are quick and say nothing about the others
         else:
             self._own += 1
-            self._tuning += 0.0 if record is None else record.seconds.get("tune", 0.0)
-        remaining, left = self._total - self._done, math.nan
-        if self._own:
-            last = self._extra * self._tuning / self._own if remaining else 0.0
-            left = (now - self._own_began) / self._own * remaining + last
-        known = resumed is not None, record, tuple(resumed or ())
-        event = BlockEvent(self._stage, name, self._done, self._total, now - self._began, left, *known)
-        self._call("on_block", event)
+            left = (now - self._own_began) / self._own * (self._total - self._done)
+        place = self._stage, name, self._done, self._total, now - self._began, left
+        self._call("on_block", BlockEvent(*place, resumed is not None, record, tuple(resumed or ())))
 
     def notes(self, notes: Sequence[str]) -> None:
         """All notes so far; callbacks get the new ones."""
-        for note in notes[self._notes :]:
+        for note in notes[self._num_notes :]:
             self._call("on_note", note)
-        self._notes = len(notes)
+        self._num_notes = len(notes)
 
     def end(self, report: Report) -> None:
         """The run has succeeded."""
@@ -201,48 +180,45 @@ class Progress(Callback):
         what = f"{start.linears} linears in {start.blocks} blocks on {start.device}"
         say(self._console, f"pruning {what}, calibrating on {start.samples} x {start.length} tokens")
 
-    def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
+    def on_stage(self, stage: str, blocks: int, done: int) -> None:
         self.close(None)
         self._stage, self._step, self._shown = STAGES[stage], "", 0.0
-        self._began, self._ends = time.monotonic(), math.nan
-        self._done = f"{done}/{blocks}"
+        self._line = f"{self._stage} {done}/{blocks}"
         if self._console is not None and self._console.is_interactive:
-            self._live = Live(console=self._console, get_renderable=self._line)
+            self._live = Live(console=self._console)
             self._live.start()
+            self._draw()
         else:
             unit = "sequences" if stage == "generate" else "blocks"
             resumed = f", {done} of them done by an earlier run" if done else ""
             say(self._console, f"{self._stage}: {blocks} {unit}{resumed}")
 
-    def _line(self) -> Text:
-        now = time.monotonic()
-        line = self._text(f"{self._stage} {self._done}", now - self._began, max(self._ends - now, 0.0), self._step)
-        return Text(printable(line), no_wrap=True, overflow="ellipsis")
-
-    def _text(self, done: str, elapsed: float, left: float, step: str = "") -> str:
-        error = f"mean error {geometric_mean(self._errors):.4f}" if self._errors else ""
-        return "  ".join(filter(None, [done, error, pace(elapsed, left), step]))
-
     def on_step(self, step: str) -> None:
-        self._step = STEPS.get(step, step)
-        if step == "logits" and self._live is None:
-            say(self._console, "tuning the last block on the logits, which takes longer than another block")
+        self._step = step
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._live is not None:
+            self._live.update(Text(printable(f"{self._line}  {self._step}"), no_wrap=True, overflow="ellipsis"))
 
     def on_progress(self, fraction: float, elapsed: float, left: float) -> None:
-        self._done, self._ends = f"{fraction:.0%}", time.monotonic() + left
+        self._line = f"{self._stage}: {fraction:.0%}  {pace(elapsed, left)}"
+        self._draw()
         if self._live is None and elapsed >= self._shown + PROGRESS_SECONDS:
             self._shown = elapsed
-            say(self._console, f"{self._stage}: {self._done}  {pace(elapsed, left)}")
+            say(self._console, self._line)
 
     def on_linear(self, linear: LinearRecord) -> None:
         self._errors.append(linear.error)
-        self._step = f"{self._step.partition(' of ')[0]} of {linear.part}"
 
     def on_block(self, block: BlockEvent) -> None:
         self._errors.extend(linear.error for linear in block.linears)
-        self._done, self._ends = f"{block.done}/{block.total}", time.monotonic() + block.left
+        error = f"  mean error {geometric_mean(self._errors):.4f}" if self._errors else ""
+        done = f"{self._stage}: block {block.done}/{block.total}"
+        self._line = f"{done}{error}  {pace(block.elapsed, block.left)}"
+        self._draw()
         if self._live is None and not block.resumed:
-            say(self._console, self._text(f"{self._stage}: block {self._done}", block.elapsed, block.left))
+            say(self._console, self._line)
 
     def close(self, error: BaseException | None) -> None:
         if self._live is not None:
@@ -303,10 +279,8 @@ class Trackers(Callback):
         if block.resumed:
             return
         values = {"block/seconds": sum(block.record.seconds.values())}
-        kinds = defaultdict(list)
-        for linear in self._linears:
-            kinds[kind(linear.part)].append(linear)
-        for name, linears in kinds.items():
+        for name in dict.fromkeys(kind(linear.part) for linear in self._linears):
+            linears = [linear for linear in self._linears if kind(linear.part) == name]
             values[f"error/{name}"] = geometric_mean(linear.error for linear in linears)
             if (gap := largest(linear.gap_max for linear in linears)) is not None:
                 values[f"gap/{name}"] = gap
@@ -317,8 +291,9 @@ class Trackers(Callback):
         self._log(values)
 
     def on_end(self, report: Report) -> None:
-        totals = {"sparsity": report.sparsity, "error": report.error_geomean, "seconds": report.run.seconds}
-        self._log({f"run/{name}": value for name, value in totals.items()})
+        self._log(
+            {"run/sparsity": report.sparsity, "run/error": report.error_geomean, "run/seconds": report.run.seconds}
+        )
 
     def _log(self, values: dict[str, float]) -> None:
         for tracker in self._trackers:
