@@ -18,7 +18,6 @@ LINEAR = LinearRecord(
     error=0.1,
     solver="low-rank-cg",
     gap_max=5e-5,
-    gap_median=1e-5,
     iterations_mean=6.5,
     iterations_max=9,
     rows=8,
@@ -26,7 +25,6 @@ LINEAR = LinearRecord(
     damping=0.01,
     seconds=0.25,
     gap_written_max=2e-3,
-    gap_written_median=4e-4,
     loss_written=1e-3,
     tokens=1024,
 )
@@ -56,6 +54,6 @@ def report(*linears: LinearRecord, **changes: object) -> Report:
 
 
 def unsolved(**changes: object) -> LinearRecord:
-    nothing = {"solver": "none", "gap_max": None, "gap_median": None, "iterations_mean": 0.0, "iterations_max": 0}
-    nothing |= {"gap_written_max": None, "gap_written_median": None, "loss_written": None}
+    nothing = {"solver": "none", "gap_max": None, "iterations_mean": 0.0, "iterations_max": 0}
+    nothing |= {"gap_written_max": None, "loss_written": None}
     return linear(**{**nothing, "error": 0.2, **changes})

@@ -33,7 +33,7 @@ from optima.stopping import uninterrupted
 
 _logger = logging.getLogger("optima")
 
-FORMAT = 5  # of the journal: raised when an earlier one can no longer be resumed
+FORMAT = 6  # of the journal: raised when an earlier one can no longer be resumed
 RUN, JOURNAL, MODEL = "run.json", "journal.jsonl", "model"
 SHOWN = 60  # letters of a value in a message
 ENVIRONMENT = "environment"  # of a run: versions and device, which may change before it is resumed

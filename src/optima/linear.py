@@ -215,14 +215,12 @@ def _errors(
 def _certificates(solution: RowSolution | None, rounded: Rounded | None) -> dict[str, Any]:
     """What the solver did and what is proven, before and after rounding, for a record."""
     if solution is None or rounded is None:
-        gaps = dict.fromkeys(("gap_max", "gap_median", "gap_written_max", "gap_written_median", "loss_written"))
+        gaps = dict.fromkeys(("gap_max", "gap_written_max", "loss_written"))
         return {"solver": "none", "iterations_mean": 0.0, "iterations_max": 0, "rows_not_converged": 0, **gaps}
     return {
         "solver": solution.solver,
         "gap_max": float(solution.gap_R.max()),
-        "gap_median": float(solution.gap_R.median()),
         "gap_written_max": float(rounded.gap_R.max()),
-        "gap_written_median": float(rounded.gap_R.median()),
         "loss_written": rounded.excess,
         "iterations_mean": float(solution.iterations_R.double().mean()),
         "iterations_max": int(solution.iterations_R.max()),

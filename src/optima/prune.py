@@ -338,9 +338,7 @@ def _tuned(record: LinearRecord, block: Block) -> LinearRecord:
     """The record of a tuned linear, whose weights have no certificate."""
     weight_OD = next(linear for linear in block.linears if linear.name == record.name).read()
     sparsity, none = float((weight_OD == 0).double().mean()), None
-    return replace(
-        record, sparsity=sparsity, tuned=True, gap_written_max=none, gap_written_median=none, loss_written=none
-    )
+    return replace(record, sparsity=sparsity, tuned=True, gap_written_max=none, loss_written=none)
 
 
 def _changed_names(block: Block, records: Sequence[LinearRecord], tuned: Tuned) -> list[str]:

@@ -116,7 +116,7 @@ class RunState:
         self.blocks.append(done.block)
         self.linears.extend(done.linears)
         self.note(*done.notes)
-        self.batch_size.agree(done.halved)
+        self.batch_size.agree(done.batch_sizes)
         before = self.clock.seconds.get("write", 0.0)
         self.clock.seconds["write"] = max(before, done.write_seconds)
         self.resumed_seconds += sum(done.block.seconds.values()) + max(0.0, done.write_seconds - before)

@@ -76,7 +76,7 @@ def test_the_headline() -> None:
     shown = page(report()).shown
     for part in ("sparsity 50.00% requested 50.00%", "50.0% lower", "gap 2.0 × 10 −3 5.0 × 10 −5 before the cast"):
         assert part in shown
-    tuned = linear(tuned=True, gap_written_max=None, gap_written_median=None, loss_written=None)
+    tuned = linear(tuned=True, gap_written_max=None, loss_written=None)
     assert "certified gap before tuning 5.0 × 10 −5 tuned weights carry no certificate" in page(report(tuned)).shown
     assert "certified gap" not in page(report(unsolved())).shown
 

@@ -10,7 +10,6 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +69,8 @@ def render_html(reports: Mapping[str, Report], more: Sequence[Sequence[Figure]] 
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     runs = [_view(name, report) for name, report in reports.items()]
     several = len(runs) > 1
-    # Where there is little room, names lack the directories that all of them share.
-    paths = [name.split("/") for name in reports]
-    shared = next((i for i, parts in enumerate(zip_longest(*paths)) if len(set(parts)) > 1), 0) if several else 0
-    shared = min(shared, *(len(path) - 1 for path in paths))
     for run, found in zip(runs, more or [()] * len(runs), strict=True):
         run["figures"][1:1] = found
-        run["data"]["title"] = "/".join(run["name"].split("/")[shared:])
     dense = {(report.run.model, report.run.model_revision) for report in reports.values()}
     data = to_json([run["data"] for run in runs], inf_nan_mode="strings").decode()
     return pages.get_template("report.html").render(
@@ -109,6 +103,7 @@ def _view(name: str, report: Report) -> View:
         "recipe": {key: _value(value) for key, value in recipe.items()},
         "facts": [*run_facts(report), *report.run.versions.items()],
         "data": {
+            "title": name,
             "gap": report.run.recipe.get("gap"),
             "kinds": list(kinds),
             "fields": ["kind", *DRAWN],

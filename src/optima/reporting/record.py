@@ -22,7 +22,7 @@ from pydantic_core import from_json, to_json
 from optima import __version__
 from optima.errors import OptimaError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 REPORT_NAME = "report.json"
 Int = Annotated[int, Strict()]
 
@@ -52,7 +52,6 @@ class LinearRecord(Record):
     error: float  # of the result as written; before tuning if ``tuned``
     solver: str  # the solver that ran, or ``none``
     gap_max: float | None  # largest certified gap of a row, before cast and tuning; None when no solver ran
-    gap_median: float | None  # median of the rows' gaps
     iterations_mean: float  # iterations of a row, on average
     iterations_max: Int  # iterations of the slowest row
     rows: Int  # rows of the linear (its outputs)
@@ -60,7 +59,6 @@ class LinearRecord(Record):
     damping: float  # damping used, after any escalation, relative to the mean of the hessian's diagonal
     seconds: float  # time of selection, solve and measurement
     gap_written_max: float | None  # largest gap of a row as written; None when no solver ran, or if tuned
-    gap_written_median: float | None  # median of the same
     loss_written: float | None  # damped loss as written above the certified least (or floor), relative; None likewise
     tokens: Int  # calibration tokens that reached the linear
     tuned: bool = False  # tuning changed the weights after the solve: errors and gaps were measured before tuning
@@ -100,7 +98,7 @@ class BlockDone(Record):
     block: BlockRecord
     linears: tuple[LinearRecord, ...]
     notes: tuple[str, ...]
-    halved: tuple[int | None, ...] = ()  # sequences that ran together at most, of each process; None: whole batches
+    batch_sizes: tuple[int | None, ...] = ()  # sequences that ran together at most, by process; None: no limit
     peak_bytes: Int = 0  # memory, in any process, from the start of the run that did it
     write_seconds: float = 0.0  # of all commits before this block's
 
