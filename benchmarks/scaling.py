@@ -31,7 +31,6 @@ from harness.timing import use_threads
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optima import Recipe, prune
-from optima.calibration.statistics import EXPERT_BYTES
 from optima.state import RunState
 
 LENGTH = 128
@@ -217,12 +216,10 @@ def clusters() -> str:
 
 def parts_of(model: Model, size: int, counts: Counts) -> dict[str, float]:
     account = work(model, (SEQUENCES, TOKENS), size, itemsize=2, counts=counts)
-    sums = 8.0 * sum(group.copies * group.inputs**2 for group in model.groups if group.copies > 1)
-    portions = -(-sums // EXPERT_BYTES)  # of experts: each is sent all tokens again, and computes its own experts once
     weights = 2 * model.parameters
-    carried = account.activations * model.blocks * (2 * (PASSES + 2) + portions)
+    carried = account.activations * model.blocks * 2 * (PASSES + 2)
     return {
-        "forward": (account.gradients + account.forward * (1.5 if portions else 1.0)) / BF16,
+        "forward": (account.gradients + account.forward) / BF16,
         "hessian": account.hessian / TF32,
         "solve": account.solve / FP32,
         "eigenvalues": account.eigen * EIGEN / FP32,

@@ -33,7 +33,7 @@ from optima.models.masks import MaskFiles
 from optima.models.offload import Weights, open_weights
 from optima.names import kind
 from optima.patterns import NM, Pattern, Scope, Unstructured
-from optima.recipe import BYTES_PER_TUNED, EXPERT_BYTES, Recipe
+from optima.recipe import BYTES_PER_TUNED, Recipe
 from optima.reporting.summary import runtime_note
 from optima.selectors.alps import ALPS
 from optima.selectors.base import Selector, load_foreign, make_selector
@@ -306,12 +306,11 @@ def estimate_memory(plan: Plan, streamed: bool) -> tuple[int, int]:
     whole = count_parameters(plan.model)
     weights = (whole - sum(sizes) + 2 * max(sizes) if streamed else whole) * itemsize
     for block in plan.blocks:
-        hessians = sum(8 * linear.shape[1] ** 2 for linear in block.linears if linear.expert is None)
-        experts = sum(8 * linear.shape[1] ** 2 for linear in block.linears if linear.expert is not None)
+        hessians = sum(8 * linear.shape[1] ** 2 for linear in block.linears)
         shapes = [linear.shape for linear in block.linears]
         solving = max((BYTES_PER_ENTRY * d * d + BYTES_PER_WEIGHT * o * d for o, d in shapes), default=0)
         tuning = BYTES_PER_TUNED * sum(o * d for o, d in shapes) if recipe.tuning_epochs else 0
-        work = max(work, hessians + min(experts, EXPERT_BYTES) + max(solving, tuning))
+        work = max(work, hessians + max(solving, tuning))
     hidden = getattr(plan.model.config.get_text_config(), "hidden_size", None) or 0
     # The gradient pass has the inputs of all blocks, of a quarter of the text.
     copies = max(2, 1 + len(sizes) / 4) if recipe.objective == "loss" else 1

@@ -26,7 +26,6 @@ SINK_WEIGHT = 0.04  # of a sequence's first token with objective sink; 0.2 is as
 FISHER_FRACTION = 0.25  # of the sequences, for the gradient and the sensitivity pass
 EXPERT_TOKENS = 256  # experts that fewer tokens reached are noted in the report
 LEAST_SAMPLES = 128  # of calibration, as in the papers
-EXPERT_BYTES = 4 * 2**30  # Hessians of experts that are accumulated in one pass, in float64
 BYTES_PER_TUNED = 28  # of a weight that is tuned: master, gradient, two moments, a copy
 TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its Hessian is that of the sample
 

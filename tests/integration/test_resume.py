@@ -92,6 +92,8 @@ def check_goes_on(whole: Path, *options: str) -> str:
     """The next run ends as an undisturbed one; returns its notes."""
     if not Path("out").exists():
         assert finish(start("out", "--resume", *options)) == 0, printed()
+    elif PARTIAL.exists():  # the run was stopped when there was nothing left to do but clear up
+        shutil.rmtree(PARTIAL)
     check_same(whole)
     return "; ".join(optima.load_report("out").run.notes)
 

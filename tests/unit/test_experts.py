@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from optima import Recipe, prune
-from optima.calibration import statistics
 from optima.calibration.activations import Activations, capture
 from optima.calibration.batch_size import BatchSize
 from optima.calibration.statistics import Found, observe
@@ -173,20 +172,6 @@ def test_hessians_of_experts_by_the_definition(family: str, sink: float) -> None
         assert each.statistics is not None
         assert each.statistics.tokens == count
         torch.testing.assert_close(matrix_DD(each), expected_DD, rtol=1e-4, atol=1e-5 * float(expected_DD.max()))
-
-
-@pytest.mark.parametrize("family", ["mixtral", "llama4"])
-def test_groups_of_experts_in_passes_of_their_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each expert by itself, where memory is for no more; linears that are no experts come in the last pass."""
-    block, acts = acts_of(build(family))
-    whole, outputs = list(observe(block, acts, 0.5, 0.0)), acts.part(range(len(acts.sizes)))
-    outputs.forward(block)
-    monkeypatch.setattr(statistics, "EXPERT_BYTES", 1)
-    parts = list(observe(block, acts, 0.5, 0.0, onward=True))
-    assert [each.linears for each in parts] != [each.linears for each in whole]
-    matrices = {each.linears: matrix_DD(each) for each in parts}
-    assert all(torch.equal(matrices[each.linears], matrix_DD(each)) for each in whole)
-    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(acts.hidden, outputs.hidden, strict=True))
 
 
 def test_an_expert_without_tokens_is_pruned_and_named() -> None:

@@ -7,8 +7,7 @@ reaches every later token, so it may count as more than one token (cf. IntactKV,
 *Experts.* The Hessian of n tokens in D dimensions is off by about sqrt(D/n), relative to its norm, as any sample
 covariance (Ledoit and Wolf, J. Multivariate Anal. 2004). So that of the tokens routed to an expert is shrunk towards
 that of all tokens of the block, as though D more had been drawn from those: H = (n H_expert + D H_all) / (n + D). At an
-expert's second linear, H_all is of a sample of all tokens that runs through the expert's first one. All Hessians of a
-block may be far more than fit (114 GB in DeepSeek-V3): the block runs once for each group of experts whose Hessians do.
+expert's second linear, H_all is of a sample of all tokens that runs through the expert's first one.
 
 Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, O outputs, N tokens of a sample.
 """
@@ -36,7 +35,6 @@ from optima.distributed import Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError
 from optima.models.blocks import DOWN, Block, ExpertLinear, FusedExperts, Linear
 from optima.models.inputs import rows_of
-from optima.recipe import EXPERT_BYTES
 
 Group = tuple[Linear, ...]
 # Tokens of a block that stand for all of them at an expert's second linear.
@@ -81,39 +79,20 @@ def observe(
         damping: of the Hessians.
         stopwatch: for the stages ``forward``, ``hessian`` and ``reduce``.
         weights: Fisher weights of the tokens.
-        onward: the last pass advances ``acts`` to the block's outputs. Else they stay as they are.
+        onward: the pass advances ``acts`` to the block's outputs. Else they stay as they are.
 
     Raises:
         CalibrationError: on NaN or Inf, naming the linear.
     """
-    plain = [group for group in acts.groups(block) if group[0].expert is None]
     hessians = _Hessians(block, acts, sink_weight, damping, stopwatch or Stopwatch(acts.device), weights)
-    experts = [group for group in acts.groups(block) if group[0].expert is not None]
-    *earlier, last = _portions(sorted(experts, key=_leads))
-    for portion in earlier:
-        hessians.accumulate(portion)
-        yield from hessians.finish(portion)
-    hessians.accumulate([*plain, *last], whole=True, onward=onward)
-    yield from hessians.finish([*plain, *last])
+    groups = acts.groups(block)
+    hessians.accumulate(groups, onward)
+    yield from hessians.finish(groups)
 
 
 def _leads(group: Group) -> bool:
     """Whether these are first linears of an expert: they are pruned after the second ones, which need them dense."""
     return group[0].expert is not None and group[0].expert.parameter != DOWN
-
-
-def _portions(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups of experts whose Hessians are accumulated in one pass; without experts one empty list."""
-    portions: list[list[Group]] = [[]]
-    size = 0
-    for group in groups:
-        more = 8 * group[0].shape[1] ** 2
-        if size and size + more > EXPERT_BYTES:
-            portions.append([])
-            size = 0
-        portions[-1].append(group)
-        size += more
-    return portions
 
 
 class Accumulator:
@@ -229,12 +208,12 @@ class _Hessians:
         self._added: dict[str, int] = {}
         self._skipped: set[str] = set()
 
-    def accumulate(self, groups: Sequence[Group], whole: bool = False, onward: bool = False) -> None:
-        """Sum over all tokens at ``groups``. The other experts run if the ``whole`` block does."""
+    def accumulate(self, groups: Sequence[Group], onward: bool) -> None:
+        """Sum over all tokens at ``groups``."""
         device, ranks = self.acts.device, self.acts.ranks
         self.sums = {group[0].name: Accumulator(group[0].shape[1], device) for group in groups}
         self._batch, self._stops = -1, not onward
-        mixtures = {group[0].expert.experts for group in groups if group[0].expert is not None} - self.common.keys()
+        mixtures = {group[0].expert.experts for group in groups if group[0].expert is not None}
         commons = {experts.name: Accumulator(Linear("", experts.up[0]).shape[1], device) for experts in mixtures}
         self.samples = {experts: [] for experts in mixtures}
         with ExitStack() as stack:
@@ -243,7 +222,7 @@ class _Hessians:
             for experts in mixtures:
                 hook = partial(self._see_all, experts, commons[experts.name])
                 stack.callback(experts.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            stack.enter_context(self.block.linearized(only_hooked=not whole))
+            stack.enter_context(self.block.linearized())
             stack.enter_context(self.stopwatch("forward"))
             stack.enter_context(full_precision())
             if onward:

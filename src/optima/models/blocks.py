@@ -13,10 +13,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -100,29 +99,29 @@ class FusedExperts:
         gate, up = found.chunk(2, dim=-1)
         return module.act_fn(gate) * up  # type: ignore[no-any-return]
 
-    def forward(self, wanted: Collection[int], *args: Any, **kwargs: Any) -> Tensor:
-        """The module's forward pass, expert by expert; experts that are not in ``wanted`` add nothing."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's forward pass, expert by expert."""
         bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
         _, hidden, *routing = bound.arguments.values()
-        return self._routed(hidden, routing[0], routing[1], wanted) if routing else self._scaled(hidden, wanted)
+        return self._routed(hidden, routing[0], routing[1]) if routing else self._scaled(hidden)
 
-    def _routed(self, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, wanted: Collection[int]) -> Tensor:
+    def _routed(self, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
         output_TD = torch.zeros_like(hidden_TD)
         for expert in expert_TK.unique().tolist():
-            if expert in wanted:  # what is masked has the number after the last
+            if expert < self.count:  # what is masked has the number after the last
                 place_T, tokens_T = (expert_TK.mT == expert).nonzero(as_tuple=True)
                 found_TD = self._run(expert, hidden_TD[tokens_T], tokens_T)
                 found_TD = found_TD * weight_TK[tokens_T, place_T, None]
                 output_TD.index_add_(0, tokens_T, found_TD.to(output_TD.dtype))
         return output_TD
 
-    def _scaled(self, hidden_TD: Tensor, wanted: Collection[int]) -> Tensor:
+    def _scaled(self, hidden_TD: Tensor) -> Tensor:
         """Of all tokens for one expert after another, scaled by the router; zeros are routed elsewhere."""
         found = []
         for expert, own_TD in enumerate(hidden_TD.view(self.count, -1, hidden_TD.shape[-1])):
             output_TD = torch.zeros_like(own_TD)
             tokens_T = own_TD.ne(0).any(dim=1).nonzero()[:, 0]
-            if expert in wanted and len(tokens_T):
+            if len(tokens_T):
                 output_TD = output_TD.index_copy(0, tokens_T, self._run(expert, own_TD[tokens_T], tokens_T))
             found.append(output_TD)
         return torch.cat(found)
@@ -133,19 +132,11 @@ class FusedExperts:
 
 
 @contextmanager
-def linearized(experts: Iterable[FusedExperts], only_hooked: bool = False) -> Iterator[None]:
-    """Inside, the forward pass of these modules calls a linear for each expert that has tokens.
-
-    ``only_hooked``: experts without hooks on entry add nothing to the output, at no cost.
-    """
+def linearized(experts: Iterable[FusedExperts]) -> Iterator[None]:
+    """Inside, the forward pass of these modules calls a linear for each expert that has tokens."""
     with ExitStack() as stack:
         for each in set(experts):
-            hooked = {
-                linear.expert
-                for linear in (*each.up, *each.down)
-                if not only_hooked or linear._forward_pre_hooks or linear._forward_hooks
-            }
-            stack.enter_context(forward_replaced(each.module, partial(each.forward, hooked)))
+            stack.enter_context(forward_replaced(each.module, each.forward))
         yield
 
 
@@ -273,9 +264,9 @@ class Block:
     shared: Mapping[str, str] = field(default_factory=dict)
     common: frozenset[str] = frozenset()
 
-    def linearized(self, only_hooked: bool = False) -> AbstractContextManager[None]:
+    def linearized(self) -> AbstractContextManager[None]:
         """``linearized`` for all mixtures whose experts are among ``linears``."""
-        return linearized((each.expert.experts for each in self.linears if each.expert is not None), only_hooked)
+        return linearized(each.expert.experts for each in self.linears if each.expert is not None)
 
 
 @dataclass(frozen=True)
