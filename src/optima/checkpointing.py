@@ -73,7 +73,7 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
 class Journal:
     """One JSON object per line, each on the disk when ``append`` returns.
 
-    {"journal": 5, "run": {...}, "command": ...}                      the first line
+    {"journal": 6, "run": {...}, "command": ...}                      the first line
     {"block": name, "files": {name: sha256, ...}, ...}                a committed block, see ``optima.models.save``
     {"note": text}                                                    for the report
 
