@@ -86,13 +86,13 @@ def add_generated(
 def batches_of_rank(text: Calibration, batch_size: int, ranks: Ranks) -> Sequence[Tensor]:
     """The batches of this process: some of those of one process, unless that leaves too much to one of them."""
     tokens_NL, count = text.tokens_NL, len(text.tokens_NL)
-    batches: Sequence[Tensor] = tokens_NL.split(min(batch_size, count))
+    batches: Sequence[Tensor] = tokens_NL.split(batch_size)
     ranks.check_sequences(count)
     most, fair = -(-len(batches) // ranks.size) * batch_size, -(-count // ranks.size)
-    if len(batches) < ranks.size or most > MOST_UNEVEN * fair:
-        batches = tokens_NL[ranks.part(count)].split(batch_size)
-        return batches
-    return batches[ranks.part(len(batches))]
+    if len(batches) >= ranks.size and most <= MOST_UNEVEN * fair:
+        return batches[ranks.part(len(batches))]
+    own: Sequence[Tensor] = tokens_NL[ranks.part(count)].split(batch_size)
+    return own
 
 
 def make_store(destination: Destination | None, ranks: Ranks) -> Store:

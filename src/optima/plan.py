@@ -46,7 +46,6 @@ MAIN_SHARE, DEVICE_SHARE = 0.5, 0.8
 LIBRARIES_BYTES = 2**29
 # Of the linear at work, for each entry of its Hessian and each weight: what thanos and alps take, the most.
 BYTES_PER_ENTRY, BYTES_PER_WEIGHT = 62, 56
-GRADIENTS = 6  # copies of a batch's activations in a block that autograd keeps
 GIB = 2**30
 
 
