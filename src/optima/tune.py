@@ -38,7 +38,9 @@ from optima.models.inputs import rows_of
 
 HELD_OUT = 8  # one sequence of so many is held out
 STEP = 4  # sequences of a step, over all ranks
-STEP_RATE = math.sqrt(STEP)  # learning rate of such a step, relative to one of a single sequence (arXiv 2205.10287)
+# Rate and betas of Adam for one sequence a step, scaled to STEP of them (Malladi et al., arXiv 2205.10287)
+STEP_RATE = math.sqrt(STEP)
+BETAS = (1.0 - STEP * 0.1, 1.0 - STEP * 0.05)
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
 LOGITS_RATE = 1.0 / 6.0  # of the learning rate, where the cost is KL of the logits, which overfits sooner
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
@@ -57,20 +59,16 @@ class Tuning:
 
     Attributes:
         epochs: passes over the sequences that are not held out.
-        learning_rate: of Adam, at the start, relative to the root mean square of each tensor; it falls to 0 along a
-            cosine. An epoch that increases the held-out error is undone, and the rate is cut to a quarter.
+        learning_rate: of Adam with one sequence a step, relative to the root mean square of each tensor; it falls to 0
+            along a cosine. An epoch that increases the held-out error is undone, and the rate is cut to a quarter.
         share: of the sequences that are used, see ``tuned_batches``.
         seed: of the order of the microbatches, with the index of the block.
-        batch_size: sequences of a step, over all ranks; more where the model runs larger microbatches only.
-        step_rate: learning rate of such a step, relative to ``learning_rate``.
     """
 
     epochs: int
     learning_rate: float
     share: float = 1.0
     seed: int = 0
-    batch_size: int = STEP
-    step_rate: float = STEP_RATE
 
 
 @dataclass(frozen=True)
@@ -228,11 +226,11 @@ def tune(
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
 
     error = _Error(block, acts, targets, cost, masters, numbered)
-    rate = tuning.learning_rate * tuning.step_rate
+    rate = tuning.learning_rate * STEP_RATE
     best, kept = 0, {name: master.detach().clone() for name, master in masters.items()}
     optimizer = _adam(masters)
     generator = torch.Generator().manual_seed(tuning.seed * SEEDS + block.index)
-    epochs = [_steps(trained, sizes, tuning.batch_size, generator) for _ in range(tuning.epochs)]
+    epochs = [_steps(trained, sizes, generator) for _ in range(tuning.epochs)]
     history, steps, step = [error.mean(held_out)], sum(map(len, epochs)), 0
     scale = cost.gradient_scale(history[0], error.most_tokens(trained))
     for epoch, chosen in enumerate(epochs):
@@ -313,20 +311,18 @@ class _Error:
                     (lost * scale).backward()
 
 
-def _steps(
-    microbatches: Sequence[int], sizes: Sequence[int], batch_size: int, generator: torch.Generator
-) -> list[list[int]]:
-    """The microbatches of each step of an epoch, in random order; a step has at least ``batch_size`` sequences.
+def _steps(microbatches: Sequence[int], sizes: Sequence[int], generator: torch.Generator) -> list[list[int]]:
+    """The microbatches of each step of an epoch, in random order; a step has at least ``STEP`` sequences.
 
-    The list is split into ``batch_size`` contiguous parts, and a step has one of each, if all have one sequence: so two
-    or four ranks, which have contiguous parts of it too, share each step evenly.
+    The list is split into ``STEP`` contiguous parts, and a step has one of each, if all have one sequence: so two or
+    four ranks, which have contiguous parts of it too, share each step evenly.
     """
     count = len(microbatches)
-    bounds = [part * count // batch_size for part in range(batch_size + 1)]
+    bounds = [part * count // STEP for part in range(STEP + 1)]
     parts = [(start + torch.randperm(stop - start, generator=generator)).tolist() for start, stop in pairwise(bounds)]
     steps: list[list[int]] = [[]]
     for place in (place for places in zip_longest(*parts) for place in places if place is not None):
-        if sum(sizes[number] for number in steps[-1]) >= batch_size:
+        if sum(sizes[number] for number in steps[-1]) >= STEP:
             steps.append([])
         steps[-1].append(microbatches[place])
     return steps
@@ -366,7 +362,7 @@ def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> No
 def _adam(masters: Mapping[str, Tensor]) -> torch.optim.Adam:
     """A fresh optimizer; each group knows the size of its tensor."""
     groups = [{"params": [master], "size": size_of(master)} for master in masters.values()]
-    return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    return torch.optim.Adam(groups, betas=BETAS, fused=True)
 
 
 @torch.no_grad()
