@@ -27,11 +27,7 @@ MESSAGES = "messages.txt"
 
 
 def start(
-    out: str,
-    *options: str,
-    prepare: Callable[[], object] = int,
-    messages: str = MESSAGES,
-    model: str = "model",
+    out: str, *options: str, prepare: Callable[[], object] = int, messages: str = MESSAGES, model: str = "model"
 ) -> int:
     """Starts ``optima prune``; returns its process id. ``prepare`` runs there first; stderr goes to ``messages``."""
     child = os.fork()

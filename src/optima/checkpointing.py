@@ -178,11 +178,7 @@ class Destination:
     @classmethod
     @contextmanager
     def open(
-        cls,
-        path: str | Path,
-        num_bytes: int = 0,
-        run: Mapping[str, object] | None = None,
-        resume: bool | None = None,
+        cls, path: str | Path, num_bytes: int = 0, run: Mapping[str, object] | None = None, resume: bool | None = None
     ) -> Iterator[Destination]:
         """Claim OUT; its content takes the name when the context ends without an error.
 

@@ -79,12 +79,7 @@ class RunState:
         return {name: BlockDone.from_dict(values) for name, values in done.items()}
 
     def commit(
-        self,
-        block: Block,
-        record: BlockRecord,
-        linears: Sequence[LinearRecord],
-        changed: Collection[str],
-        noted: int,
+        self, block: Block, record: BlockRecord, linears: Sequence[LinearRecord], changed: Collection[str], noted: int
     ) -> None:
         """Append the records of a pruned block, and write it to disk with them.
 

@@ -295,11 +295,7 @@ class _Error:
     def backward(self, numbers: Sequence[int], epoch: int, scale: float) -> None:
         """Add the gradients of those microbatches that are this rank's to the masters'."""
         name, module = self.block.name, self.block.module
-        with (
-            _memory_of_all(self.acts.ranks),
-            torch.enable_grad(),
-            differentiable(module),
-        ):
+        with _memory_of_all(self.acts.ranks), torch.enable_grad(), differentiable(module):
             for microbatch in self._own(numbers):
                 lost = self._of(microbatch, epoch)
                 if not lost.requires_grad:

@@ -14,8 +14,7 @@ from optima.core import BatchedCholesky, solve
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
-from optima.selectors.base import SELECTORS as REGISTRY
-from optima.selectors.base import LinearTask, Selection, Selector
+from optima.selectors.base import SELECTORS as REGISTRY, LinearTask, Selection, Selector
 from optima.selectors.optima import Optima
 from optima.selectors.scores import RIA, Magnitude, Wanda
 from optima.selectors.sparsegpt import SparseGPT

@@ -13,17 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import (
-    LINES,
-    WEIGHTS,
-    load_weights,
-    make_llama,
-    make_tokenizer,
-    save_model,
-    save_text,
-    snapshot,
-    weight_files,
-)
+from tiny import LINES, WEIGHTS, load_weights, make_llama, make_tokenizer, save_model, save_text, snapshot, weight_files
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -172,17 +172,9 @@ def idle(masks: Masks) -> None:
         ),
         (lambda masks: masks.update({UP: masks[UP].byte() * 255}), [], f"{UP} has values above 1: a mask is 0"),
         (lambda masks: masks.update({UP: masks[UP].float()}), [], f"{UP} is torch.float32, not bool or uint8"),
-        (
-            unbalanced,
-            ["--pattern", "2:4"],
-            "is not 2:4: of the 4 weights from row 5, column 8, it prunes 1, not 2",
-        ),
+        (unbalanced, ["--pattern", "2:4"], "is not 2:4: of the 4 weights from row 5, column 8, it prunes 1, not 2"),
         (unbalanced, ["--sparsity", "0.5"], "of the 1536 weights from row 0, column 0, it prunes 767, not 768"),
-        (
-            unbalanced,
-            ["--sparsity", "0.5", "--scope", "row"],
-            "from row 5, column 0, it prunes 15, not 16",
-        ),
+        (unbalanced, ["--sparsity", "0.5", "--scope", "row"], "from row 5, column 0, it prunes 15, not 16"),
         (idle, [], "masks of 2 linears prune nothing: exclude them by --ignore"),
     ],
 )

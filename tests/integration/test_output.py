@@ -126,14 +126,7 @@ def test_the_disk_needs_what_is_written_and_no_more(root: Path, monkeypatch: pyt
 
 
 class TestInterrupt:
-    @pytest.mark.parametrize(
-        "target",
-        [
-            "optima.run.load_tokenizer",
-            "optima.plan.open_weights",
-            "optima.run.prepare",
-        ],
-    )
+    @pytest.mark.parametrize("target", ["optima.run.load_tokenizer", "optima.plan.open_weights", "optima.run.prepare"])
     def test_before_the_first_block_leaves_nothing(
         self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
     ) -> None:

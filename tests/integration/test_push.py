@@ -57,11 +57,7 @@ def test_a_run_publishes_what_it_made_and_so_does_push(hub: type[Hub]) -> None:
 
 @pytest.mark.parametrize(
     ("repo", "options", "message"),
-    [
-        ("a/b/c", [], "a/b/c"),
-        ("team/dense", [], "did not write"),
-        ("team/public", ["--private"], "is public"),
-    ],
+    [("a/b/c", [], "a/b/c"), ("team/dense", [], "did not write"), ("team/public", ["--private"], "is public")],
 )
 def test_what_cannot_be_pushed_is_refused_before_the_run(
     hub: type[Hub], cheap: Refused, repo: str, options: list[str], message: str

@@ -83,8 +83,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "options",
-    [pytest.param(options, id=name, marks=[SLOW] * (name in UNUSUAL)) for name, options in RECIPES.items()],
+    "options", [pytest.param(options, id=name, marks=[SLOW] * (name in UNUSUAL)) for name, options in RECIPES.items()]
 )
 def test_two_end_as_one(options: tuple[str, ...]) -> None:
     assert finish(start("one", *options)) == 0

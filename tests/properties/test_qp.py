@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from qp_peers.pdhg import RestartedPDHG
 from qp_reference import ROUNDING, Array, Reference, make_matrix, make_rows, reference
 from torch import Tensor

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from layers import hessian_of, layer_of, make_layer
 
 from optima.allocate import DENSEST, SPARSEST, SPREAD, allocate, saliency, saliency_quantiles, with_mean, with_shares

@@ -7,8 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from optima.core.hessian import Hessian
@@ -113,10 +112,7 @@ IN_VALUE, IN_OUT = hessian_of(INPUTS, 3), hessian_of(HEADS * COPIES * WIDTH, 5)
 
 def saliencies(rows: bool = False) -> list[Saliency]:
     value_O, out_O = (random(len(each), seed=7).square() if rows else None for each in (VALUE, OUT))
-    return [
-        writer_saliency(HEADS_OF, VALUE, IN_VALUE, value_O),
-        reader_saliency(HEADS_OF, OUT, IN_OUT, out_O),
-    ]
+    return [writer_saliency(HEADS_OF, VALUE, IN_VALUE, value_O), reader_saliency(HEADS_OF, OUT, IN_OUT, out_O)]
 
 
 @pytest.mark.parametrize("rows", [False, True])

@@ -14,12 +14,7 @@ from optima.calibration.activations import capture
 from optima.calibration.fisher import fisher_weights
 from optima.calibration.lm_head import label_gradient
 from optima.calibration.weights import SHRINKAGE, correlated_rows, couples
-from optima.core.shifted import (
-    coupled_inverse,
-    eigen_inverse,
-    eigendecomposition,
-    factored_inverse,
-)
+from optima.core.shifted import coupled_inverse, eigen_inverse, eigendecomposition, factored_inverse
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.optima import Optima
 

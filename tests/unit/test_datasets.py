@@ -105,12 +105,7 @@ def test_what_is_not_there(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", b'{"text": "x"\nnot json\n'),
-        ("b.jsonl", b""),
-        ("a.csv", b"text\nx\n"),
-    ],
+    ("name", "content"), [("a.jsonl", b'{"text": "x"\nnot json\n'), ("b.jsonl", b""), ("a.csv", b"text\nx\n")]
 )
 def test_unreadable_file(name: str, content: bytes) -> None:
     Path(name).write_bytes(content)

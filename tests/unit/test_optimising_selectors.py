@@ -10,17 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layers import (
-    DAMPING,
-    PATTERNS,
-    hessian_of,
-    layer_of,
-    lowest,
-    make_layer,
-    plain_keep,
-    row_counts,
-    steps,
-)
+from layers import DAMPING, PATTERNS, hessian_of, layer_of, lowest, make_layer, plain_keep, row_counts, steps
 from torch import Tensor
 
 from optima.core import BatchedCholesky, Hessian, solve

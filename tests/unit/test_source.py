@@ -34,11 +34,7 @@ def edit(model: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{"num_hidden_layers": "two"}, {"hidden_size": 0}, {"model_type": 5}],
-    ids=str,
-)
+@pytest.mark.parametrize("values", [{"num_hidden_layers": "two"}, {"hidden_size": 0}, {"model_type": 5}], ids=str)
 def test_a_configuration_that_cannot_be(model: Path, values: dict[str, Any]) -> None:
     edit(model, **values)
     with pytest.raises(ModelError, match="model"):

@@ -22,15 +22,7 @@ from optima.core.certificate import ALL, Certificate, Verifier
 from optima.core.cg import conjugate_gradient
 from optima.core.cholesky import solve_kept
 from optima.core.hessian import Hessian
-from optima.core.problem import (
-    Correction,
-    Residuals,
-    RowProblem,
-    RowSolution,
-    Status,
-    chunk_rows,
-    concatenate,
-)
+from optima.core.problem import Correction, Residuals, RowProblem, RowSolution, Status, chunk_rows, concatenate
 from optima.core.products import all_finite, keep_freed_memory, multiply
 from optima.device import full_precision, one_memory_error
 from optima.errors import NumericalError, RecipeError

@@ -130,12 +130,7 @@ def evaluate(
 
 
 def _check(
-    models: Sequence[str],
-    dataset: Sequence[str],
-    tasks: Sequence[str],
-    divergence: bool,
-    protocol: str,
-    **others: Any,
+    models: Sequence[str], dataset: Sequence[str], tasks: Sequence[str], divergence: bool, protocol: str, **others: Any
 ) -> None:
     if not (models and (dataset or tasks)):
         raise RecipeError("nothing to evaluate: name models, and a text with --dataset or tasks with --tasks")

@@ -72,11 +72,7 @@ def restore(directory: str | Path, output_dir: str | Path | None = None) -> Conv
 
 
 def _convert(
-    directory: str | Path,
-    output_dir: str | Path | None,
-    old: str,
-    new: str,
-    convert: Callable[[Path, Path], None],
+    directory: str | Path, output_dir: str | Path | None, old: str, new: str, convert: Callable[[Path, Path], None]
 ) -> Conversion:
     source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
     found = sorted(file for file in source.glob(f"*{PLAIN}") if file.is_file())
