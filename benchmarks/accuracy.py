@@ -49,12 +49,12 @@ from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.tasks import load_tasks
-from optima.models.fingerprint import hash_tensors
 from optima.models.load import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
 from optima.plan import default_scope, make_methods
 from optima.recipe import FISHER_FRACTION, SINK_WEIGHT, load_recipe
 from optima.reporting.record import library_versions
+from optima.run import hash_tensors
 from optima.selectors.base import SELECTORS
 
 DENSE = "dense"
@@ -178,9 +178,9 @@ class Bench:
                 "stages": report.run.stages,
                 "peak_memory_bytes": report.run.peak_memory_bytes,
             }
-        result["perplexity"] = perplexity(sparse, self.windows_NL, device=device)
+        result["perplexity"] = perplexity(sparse.to(device), self.windows_NL)
         if self.held_out_NL is not None:
-            result["perplexity_held_out"] = perplexity(sparse, self.held_out_NL, device=device)
+            result["perplexity_held_out"] = perplexity(sparse, self.held_out_NL)
         if self.options.tasks:
             started = time.perf_counter()
             result["tasks"] = accuracies(sparse, self.tokenizer, self.options.tasks, self.options.task_limit)

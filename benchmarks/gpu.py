@@ -37,7 +37,6 @@ from torch.nn import functional
 
 from optima.calibration.statistics import Accumulator
 from optima.core import SOLVERS, Hessian, RowSolver
-from optima.core.statistics import Statistics
 from optima.device import Stopwatch
 from optima.linear import Methods, prune_linear
 from optima.patterns import Unstructured
@@ -140,16 +139,14 @@ def accumulate(size: int, shape: Shape, clock: Clock) -> tuple[Hessian, float]:
     accumulator, seconds = Accumulator(size, clock.device), 0.0
     for inputs_TD in activations(size, shape, clock.device):
         seconds += clock(lambda inputs_TD=inputs_TD: accumulator.add(inputs_TD))
-    return Hessian(accumulator.mean(), 0.01), seconds
+    return Hessian(accumulator.mean(), 0.01, shape.tokens), seconds
 
 
-def prune(
-    name: str, weight_OD: Tensor, hessian: Hessian, shape: Shape, solver: RowSolver
-) -> tuple[LinearRecord, dict[str, float]]:
+def prune(name: str, weight_OD: Tensor, hessian: Hessian, solver: RowSolver) -> tuple[LinearRecord, dict[str, float]]:
     """Prune one linear; returns its record and the seconds of each stage."""
     methods = Methods(make_selector("wanda"), solver=solver)
     stopwatch = Stopwatch(weight_OD.device)
-    task = LinearTask(name, weight_OD.float(), Statistics(hessian, shape.tokens))
+    task = LinearTask(name, weight_OD.float(), hessian)
     result = prune_linear(task, Unstructured(0.5), methods, weight_OD.dtype, stopwatch)
     weight_OD.copy_(result.weight_OD)
     return result.record, stopwatch.seconds
@@ -176,7 +173,7 @@ def run_block(shape: Shape, solver: RowSolver, clock: Clock) -> list[Line]:
                     memory.phase("factor")
                     prepare_seconds = clock(lambda hessian=hessian: hessian.operator(hessian.working_dtype))
                 memory.phase("prune")
-                record, seconds = prune(name, weights[name], hessian, shape, solver)
+                record, seconds = prune(name, weights[name], hessian, solver)
             solve_seconds = seconds["solve"] + seconds["round"]
             products = 2.0 * size**2 * PRODUCTS.get(record.solver, 0) * record.iterations_mean * record.rows
             accumulation = 2.0 * shape.tokens * size**2

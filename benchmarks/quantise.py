@@ -87,7 +87,7 @@ def measure(name: str, ways: dict[str, Way], options: argparse.Namespace) -> lis
     for way, rounded in ways.items():
         for linear, weight_OD in zip(linears, before, strict=True):
             linear.write(rounded(weight_OD, linear.name).to(weight_OD.dtype))
-        found = perplexity(model, windows_NL, device=torch.device("cpu"))
+        found = perplexity(model.cpu(), windows_NL)
         rows.append([name, way, f"{found:.2f}", zeros_kept(before, [linear.read() for linear in linears])])
         print(*rows[-1], flush=True)
     return rows

@@ -48,12 +48,12 @@ class Text:
         return cls(*(capture(model, stack, batches, whole=True) for model, stack in zip(models, stacks, strict=True)))
 
     def targets(self, dense: Block) -> list[Tensor]:
-        acts = self.dense.part(range(len(self.dense.hidden)))
+        acts = self.dense.part()
         acts.forward(dense)
         return acts.hidden
 
     def error(self, block: Block, targets: list[Tensor], cost: BlockError) -> float:
-        acts = self.pruned.part(range(len(self.pruned.hidden)))
+        acts = self.pruned.part()
         acts.forward(block)
         pairs = zip(acts.hidden, targets, strict=True)
         return sum(float(cost(found, target)) for found, target in pairs) / len(targets)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from optima.core import Hessian
-from optima.core.statistics import Statistics
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.base import LinearTask
 
@@ -47,7 +46,7 @@ def hessian_of(inputs_TD: Tensor, damping: float = DAMPING) -> Hessian:
 def layer_of(weight_OD: Tensor, inputs: Tensor | Hessian, damping: float = DAMPING, name: str = "linear") -> LinearTask:
     """A layer from its weight and its inputs (T x D), or their Hessian."""
     hessian = inputs if isinstance(inputs, Hessian) else hessian_of(inputs, damping)
-    return LinearTask(name, weight_OD, Statistics(hessian))
+    return LinearTask(name, weight_OD, hessian)
 
 
 def lowest(score_RN: Tensor, count: int | list[int]) -> Tensor:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optima.core import SOLVERS, Hessian, RowProblem, RowSolver, make_problem, make_solver
-from optima.core.statistics import Statistics
 from optima.errors import RecipeError
 from optima.patterns import Unstructured
 from optima.selectors.base import LinearTask, make_selector
@@ -42,7 +41,7 @@ class Case:
 
     def problem(self, hessian: Hessian, sparsity: float) -> RowProblem:
         """The rows under Wanda's mask, which prunes the same number of weights in each."""
-        task = LinearTask(self.name, self.weight_OD, Statistics(hessian))
+        task = LinearTask(self.name, self.weight_OD, hessian)
         selection = make_selector("wanda").select(task, Unstructured(sparsity, "row"))
         return make_problem(hessian, self.weight_OD, selection.keep_OD)
 

@@ -65,7 +65,7 @@ class Group:
 
     @property
     def cost(self) -> float:
-        """As ``optima.calibration.statistics.cost`` shares work out."""
+        """As ``optima.calibration.statistics.owners_of`` shares work out."""
         return float(self.inputs**3 + 10 * self.weights * self.inputs)
 
     def coupled(self, counts: Counts) -> list[int]:

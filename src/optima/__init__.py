@@ -4,60 +4,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optima.errors import OptimaError
-    from optima.extras.compress import compress, restore
-    from optima.extras.mask_preserving import preserve_masks
-    from optima.extras.permute import Permutation, permute
-    from optima.extras.semi_structured import accelerate
-    from optima.hub import push
-    from optima.patterns import NM, Unstructured
-    from optima.recipe import Recipe, load_recipe
-    from optima.reporting.callbacks import BlockEvent, Callback, RunStart
-    from optima.reporting.record import Report, load_report
-    from optima.run import prune
+    from optima.errors import OptimaError as OptimaError
+    from optima.extras.compress import compress as compress, restore as restore
+    from optima.extras.mask_preserving import preserve_masks as preserve_masks
+    from optima.extras.permute import Permutation as Permutation, permute as permute
+    from optima.extras.semi_structured import accelerate as accelerate
+    from optima.hub import push as push
+    from optima.patterns import NM as NM, Unstructured as Unstructured
+    from optima.recipe import Recipe as Recipe, load_recipe as load_recipe
+    from optima.reporting.callbacks import BlockEvent as BlockEvent, Callback as Callback, RunStart as RunStart
+    from optima.reporting.record import Report as Report, load_report as load_report
+    from optima.run import prune as prune
 
-__all__ = [
-    "NM",
-    "BlockEvent",
-    "Callback",
-    "OptimaError",
-    "Permutation",
-    "Recipe",
-    "Report",
-    "RunStart",
-    "Unstructured",
-    "accelerate",
-    "compress",
-    "load_recipe",
-    "load_report",
-    "permute",
-    "preserve_masks",
-    "prune",
-    "push",
-    "restore",
-]
 __version__ = "0.1.0"
 
-_HOMES = {
-    "BlockEvent": "reporting.callbacks",
-    "Callback": "reporting.callbacks",
-    "NM": "patterns",
-    "OptimaError": "errors",
-    "Permutation": "extras.permute",
-    "Recipe": "recipe",
-    "Report": "reporting.record",
-    "RunStart": "reporting.callbacks",
-    "Unstructured": "patterns",
-    "accelerate": "extras.semi_structured",
-    "compress": "extras.compress",
-    "load_recipe": "recipe",
-    "load_report": "reporting.record",
-    "permute": "extras.permute",
-    "preserve_masks": "extras.mask_preserving",
-    "prune": "run",
-    "push": "hub",
-    "restore": "extras.compress",
+_NAMES = {
+    "errors": ["OptimaError"],
+    "extras.compress": ["compress", "restore"],
+    "extras.mask_preserving": ["preserve_masks"],
+    "extras.permute": ["Permutation", "permute"],
+    "extras.semi_structured": ["accelerate"],
+    "hub": ["push"],
+    "patterns": ["NM", "Unstructured"],
+    "recipe": ["Recipe", "load_recipe"],
+    "reporting.callbacks": ["BlockEvent", "Callback", "RunStart"],
+    "reporting.record": ["Report", "load_report"],
+    "run": ["prune"],
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -70,4 +45,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOMES})

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from optima.core.statistics import sampling_step
+from optima.core.products import sampling_step
 from optima.patterns import Pattern, Unstructured
 from optima.selectors.base import LinearTask
 

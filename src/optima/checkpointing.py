@@ -18,11 +18,10 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -127,7 +126,7 @@ class Journal:
         self.keep(len(self.lines))
         for key, old, new in differences({ENVIRONMENT: self.head["run"].get(ENVIRONMENT)}, _plain(run)):
             what = key.partition(".")[2]
-            self.append({"note": f"resumed with another {what}: {_shown(old)} before, {_shown(new)} now"})
+            self.append({"note": f"resumed with a different {what}: {_shown(old)} before, {_shown(new)} now"})
 
     def check(self, run: Mapping[str, Any]) -> None:
         """Raise ``ModelError`` if the journal is of another run, as far as ``run`` is known."""
@@ -197,9 +196,7 @@ class Destination:
         with explain_write_errors(path):
             _check_free(path)
         partial = path.with_name(f".{path.name}.optima-partial")
-        new_parents = [parent for parent in path.parents if not parent.exists()]
         with ExitStack() as stack:
-            stack.callback(_remove_empty, [partial, *new_parents])
             with explain_write_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 lock = stack.enter_context(_lock(partial, path))
@@ -211,10 +208,9 @@ class Destination:
                     _check_space(path.parent, num_bytes - written)
                     _describe_process(lock)
                     destination.directory.mkdir(exist_ok=True)
-                    sync(partial, *(parent.parent for parent in (partial, *new_parents)))
+                    sync(partial, partial.parent)
                 begun = True
                 yield destination
-                destination._publish()
             except BaseException:
                 with uninterrupted():
                     if not destination.directory.exists() or not Journal(partial / JOURNAL).holds_work:
@@ -222,6 +218,7 @@ class Destination:
                     elif begun:
                         _logger.warning("%s keeps the committed blocks: repeat the command with --resume", partial)
                 raise
+            destination._publish()
             destination._discard()
 
     def _take_over(self, run: Mapping[str, object], resume: bool | None) -> None:
@@ -248,18 +245,13 @@ class Destination:
         self.journal = Journal(journal.file)
 
     def _publish(self) -> None:
-        """Give the finished directory its name, or a free one, safe from the next run."""
+        """Give the finished directory its name."""
         with explain_write_errors(self.path):
             sync(*self.directory.rglob("*"), self.directory)
         try:
             self.directory.rename(self.path)  # onto nothing or an empty directory: the system refuses all else
         except OSError as error:
-            names = (self.path.with_name(f"{self.path.name}.{number}") for number in count(1))
-            free = next(name for name in names if not os.path.lexists(name))
-            with suppress(OSError):
-                self.directory.rename(free)
-                raise ModelError(f"{error}; the finished checkpoint is in {free}") from error
-            raise ModelError(f"{error}; {self.partial} keeps what was done") from error
+            raise ModelError(f"{error}; the finished checkpoint is in {self.directory}: move it away") from error
         sync(self.path.parent, self.partial)
 
     def _discard(self) -> None:
@@ -267,6 +259,7 @@ class Destination:
         try:
             delete(each for each in self.partial.iterdir() if each.name != RUN)
             (self.partial / RUN).unlink()
+            self.partial.rmdir()
         except OSError as error:
             _logger.warning("%s cannot be deleted (%s): delete it by hand", self.partial, error.strerror)
 
@@ -314,9 +307,3 @@ def _check_space(directory: Path, num_bytes: int) -> None:
             f"{directory} has {free / 2**20:,.0f} MiB free and the checkpoint needs {num_bytes / 2**20:,.0f} MiB: free "
             "some space or choose another --output-dir"
         )
-
-
-def _remove_empty(directories: Iterable[Path]) -> None:
-    for directory in directories:
-        with suppress(OSError):
-            directory.rmdir()

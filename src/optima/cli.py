@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -20,9 +20,6 @@ import optima
 from optima.console import OwnConsole, printable, say
 from optima.errors import OptimaError, RankError
 from optima.recipe import GROUPS, PRESETS, SELECTOR_NAMES, Recipe, load_recipe, recipe_text
-
-if TYPE_CHECKING:
-    from optima.reporting.record import Report
 
 EXAMPLES = """examples, for a MODEL of the hub or a directory:
   optima plan MODEL
@@ -36,23 +33,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODEL = "hub id (NAME@REVISION), directory, GGUF file"
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with an option a line."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32)
-
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        """``REGEX ...`` for one and more, where argparse repeats the name."""
-        return f"{action.metavar} ..." if action.nargs in ("+", "*") else super()._format_args(action, default_metavar)
-
-
 class _Parser(argparse.ArgumentParser):
     """One spelling of every option, no guessed abbreviations, errors of one line; absent options leave no value."""
 
     def __init__(self, **options: Any) -> None:
-        options |= {"argument_default": argparse.SUPPRESS, "formatter_class": _Formatter}
-        super().__init__(allow_abbrev=False, **options)
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=layout, **options)
 
     def error(self, message: str) -> NoReturn:
         if "are required: MODEL" in message:
@@ -69,11 +55,8 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if name is None:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
-    command = commands[name]
     if extra:
-        flag = next((text for text in extra if text.startswith("-")), extra[0]).partition("=")[0]
-        close = difflib.get_close_matches(flag.replace("_", "-"), command._option_string_actions, 1)
-        command.error(f"unknown argument {flag}" + (f" (did you mean {close[0]}?)" if close else ""))
+        commands[name].error(f"unknown argument {' '.join(extra)}")
     return name, values
 
 
@@ -99,10 +82,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--output-dir", metavar="DIR", required=True, help="for the pruned checkpoint and its report")
     option("--resume", action="store_true", help="continue an unfinished run in that place")
     option("--no-resume", dest="resume", action="store_false", help="delete an unfinished run in that place")
-    add_device(option)
     option("--push-to-hub", metavar="REPO", help="upload the output to this hub repository")
     option("--private", action="store_true", help="create that repository as private")
-    option("--report-to", nargs="+", metavar="NAME", help="trackers of accelerate: tensorboard, wandb")
+    add_device(option)
     _add_recipe(commands["prune"])
 
     option = add("plan", "show what would be pruned, and its peak memory", "MODEL [options]", epilog=SELECTORS)
@@ -133,9 +115,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--dtype", choices=DTYPES, metavar="NAME", help=f"{', '.join(DTYPES)} (auto)")
     option("--output", metavar="FILE", help="write the results as JSON")
 
-    option = add("report", "print or compare reports", "PATH [PATH ...] [--html FILE]")
-    option("paths", nargs="+", metavar="PATH", help="a checkpoint's directory, or its report.json")
-    option("--html", metavar="FILE", help="write one page of all, each compared with the first")
+    option = add("report", "print the report of a run, and its evaluation", "PATH")
+    option("path", metavar="PATH", help="a checkpoint's directory, or its report.json")
 
     for name, text, suffix in (
         ("compress", "store a pruned checkpoint without its zeros", "compressed"),
@@ -237,26 +218,18 @@ def _say(text: str) -> None:
 
 
 def _prune(
-    model: str,
-    output_dir: str,
-    report_to: Sequence[str] = (),
-    push_to_hub: str | None = None,
-    private: bool | None = None,
-    **options: Any,
+    model: str, output_dir: str, push_to_hub: str | None = None, private: bool | None = None, **options: Any
 ) -> None:
-    from optima.reporting.callbacks import Trackers
     from optima.reporting.summary import render_summary
 
-    repo, callbacks, recipe = push_to_hub, [Trackers(report_to)] if report_to else [], _pop_recipe(options)
+    recipe = _pop_recipe(options)
     _quiet_console()
-    if repo is not None:
+    if push_to_hub is not None:  # what the hub refuses is refused before the run
         from optima.hub import open_repo
 
-        repo = open_repo(repo, private)
-    elif private:
-        raise OptimaError("--private is for --push-to-hub REPO: add it, or leave this out")
+        push_to_hub = open_repo(push_to_hub, private)
     try:
-        report = optima.prune(model, recipe, output_dir=output_dir, callbacks=callbacks, **options)
+        report = optima.prune(model, recipe, output_dir=output_dir, **options)
     except RankError:  # the launcher stops this process too: not before it has said so
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
@@ -264,8 +237,8 @@ def _prune(
         return
     _say(render_summary(report))
     _say(f"checkpoint and report: {output_dir} (report.html, report.md, report.json)")
-    if repo is not None:
-        _push(output_dir, repo, private=private)
+    if push_to_hub is not None:
+        _push(output_dir, push_to_hub, private=private)
 
 
 def _push(directory: str, repo: str, **options: Any) -> None:
@@ -308,36 +281,14 @@ def _eval(models: Sequence[str], output: str | None = None, **options: Any) -> N
         _say(f"written: {output}")
 
 
-def _report(paths: Sequence[str], html: str | None = None) -> None:
+def _report(path: str) -> None:
     from optima.evaluation.record import EVALUATION_NAME, load_evaluation
-    from optima.evaluation.table import headline, render_evaluation
-    from optima.files import usable_path
+    from optima.evaluation.table import render_evaluation
     from optima.reporting.markdown import render_markdown
 
-    paths = list(dict.fromkeys(paths))
-    reports = {path: optima.load_report(path) for path in paths}
-    places = [Path(path) if Path(path).is_dir() else Path(path).parent for path in paths]
-    found = {place: load_evaluation(place) for place in places if (place / EVALUATION_NAME).is_file()}
-    if html is not None:
-        figures = [headline(found[place], place) if place in found else [] for place in places]
-        _write_page(reports, usable_path(html, "--html", "name another file"), figures)
-    elif len(paths) > 1:
-        raise OptimaError("several reports are compared on a page: name its file by --html FILE")
-    else:
-        _say(render_markdown(reports[paths[0]], "".join(map(render_evaluation, found.values()))))
-
-
-def _write_page(reports: dict[str, Report], file: Path, more: Sequence[Sequence[tuple[str, str, str]]]) -> None:
-    from optima.files import explain_write_errors, write_whole
-    from optima.reporting.html import render_html
-
-    if os.path.lexists(file):
-        raise OptimaError(f"{file} exists and is not replaced: name another file by --html, or remove it")
-    if len(reports) == 1:
-        reports = {report.run.model: report for report in reports.values()}
-    with explain_write_errors(file, "free some space or name another file by --html"):
-        write_whole(file, render_html(reports, more).encode())
-    _say(f"page: {file}")
+    report, place = optima.load_report(path), Path(path) if Path(path).is_dir() else Path(path).parent
+    evaluated = (place / EVALUATION_NAME).is_file()
+    _say(render_markdown(report, render_evaluation(load_evaluation(place)) if evaluated else ""))
 
 
 def _compress(directory: str, **options: Any) -> None:

@@ -24,9 +24,6 @@ from optima.recipe import Recipe, load_recipe
 from optima.reporting.record import Report
 
 LENGTH, NUM_WINDOWS = 512, 8
-# Seconds on two idle cores with the default arguments: to load and measure the model, then of each way.
-SECONDS = (30, 20, 50, 200)
-DEFAULTS = ("smollm2-135m", 4)
 
 
 def run_demo(prune: Callable[..., Report], name: str, output_dir: Path, num_samples: int, console: Console) -> None:
@@ -45,9 +42,6 @@ def run_demo(prune: Callable[..., Report], name: str, output_dir: Path, num_samp
     """
     began = time.monotonic()
 
-    def about(seconds: int) -> str:
-        return f" (about {seconds} s on two idle cores)" if (name, num_samples) == DEFAULTS else ""
-
     def say(text: str) -> None:
         console.print(f"[{(time.monotonic() - began) / 60:4.1f} min] {text}", highlight=False, markup=False)
 
@@ -62,27 +56,27 @@ def run_demo(prune: Callable[..., Report], name: str, output_dir: Path, num_samp
         output_dir.mkdir(parents=True, exist_ok=True)
         places = (output_dir / f"{name}-50{f'-{i}' if i > 1 else ''}" for i in count(1))
         place = next(path for path in places if not path.exists())
-        say(f"loading {name}, then its perplexity{about(SECONDS[0])}")
+        say(f"loading {name}, then its perplexity")
         source = find_source(str(model_file(name, output_dir)))
     device = find_device("auto")
     dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
-    tokenizer, model = load_tokenizer(source), load_model(source, dtype)
+    tokenizer, model = load_tokenizer(source), load_model(source, dtype, device)
     pages = [topics[title] for title in sorted(topics)]  # of the Python documentation, which every Python has
     calibration = [page for i, page in enumerate(pages) if i % 3]
     tokens = calibration_tokens(calibration, tokenizer, num_samples, LENGTH)
     windows = evaluation_windows(pages[::3], tokenizer, LENGTH, NUM_WINDOWS)
     say(f"calibration: {tokens.numel():,} tokens of the Python documentation; evaluation: other pages of it; {dtype}")
-    dense = perplexity(model, windows, device=device)
+    dense = perplexity(model, windows)
     say(f"dense model: perplexity {dense:.2f}")
     table = Table("model, 50% sparse", "perplexity", "largest certified gap")
     table.add_row("dense", f"{dense:.2f}", "")
-    for (way, recipe), seconds in zip(ways.items(), SECONDS[1:], strict=True):
-        say(f"{way}: pruning to 50%{about(seconds)}")
+    for way, recipe in ways.items():
+        say(f"{way}: pruning to 50%")
         sparse, written = copy.deepcopy(model), {}
         if way == "OPTIMA, default":
             written = {"output_dir": place, "tokenizer": tokenizer, "resume": False}
         report = prune(sparse, recipe, calibration=tokens, **written)
-        value = perplexity(sparse, windows, device=device)
+        value = perplexity(sparse, windows)
         say(f"{way}: perplexity {value:.2f} (dense {dense:.2f})")
         tuned = " before tuning" if any(linear.tuned for linear in report.linears) else ""
         table.add_row(way, f"{value:.2f}", "" if report.gap_max is None else f"{report.gap_max:.1e}{tuned}")

@@ -232,24 +232,20 @@ def default_torch_settings() -> Iterator[None]:
 
 
 @contextmanager
-def _matmul_precision(cuda: str, mkldnn: str, overall: str) -> Iterator[None]:
-    """Products of float32 matrices have this precision inside: of each backend, or overall before torch 2.9."""
-    backends: Any = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+def _matmul_precision(cuda: str, mkldnn: str) -> Iterator[None]:
+    """Products of float32 matrices have this precision inside, on CUDA and in oneDNN."""
+    backends: Any = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to mypy
     with ExitStack() as stack:
-        if all(hasattr(backend, "fp32_precision") for backend in backends):
-            for backend, precision in zip(backends, (cuda, mkldnn), strict=True):
-                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
-                backend.fp32_precision = precision
-        else:
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision(overall)
+        for backend, precision in zip(backends, (cuda, mkldnn), strict=True):
+            stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+            backend.fp32_precision = precision
         yield
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Products of float32 matrices are float32 inside: no TF32 or bfloat16 by a global switch or autocast."""
-    with _matmul_precision("ieee", "ieee", "highest"), default_torch_settings():
+    with _matmul_precision("ieee", "ieee"), default_torch_settings():
         yield
 
 
@@ -259,7 +255,7 @@ def bfloat16_products() -> Iterator[None]:
 
     Such products are exact in float32, and sums are float32 all the same: TF32 on CUDA, bfloat16 on a CPU with AMX.
     """
-    with _matmul_precision("tf32", "bf16", "high"):
+    with _matmul_precision("tf32", "bf16"):
         yield
 
 

@@ -58,14 +58,6 @@ class Ranks:
         """Which of ``count`` items are this rank's: contiguous; sizes differ by one at most."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def check_sequences(self, count: int) -> None:
-        """Raise ``RecipeError`` unless each process has one of ``count`` calibration sequences."""
-        if count < self.size:
-            raise RecipeError(
-                f"{self.size} processes share {count} calibration sequences: start {count} at most, or raise "
-                "--num-calibration-samples"
-            )
-
     def here(self) -> int:
         """The number of ranks on this machine."""
         hosts = self.gather(socket.gethostname())
@@ -128,6 +120,19 @@ class Ranks:
         if not self._failed:
             with suppress(type(error), OptimaError):
                 self._exchange(None, error)
+
+    @contextmanager
+    def raised_on_all(self, kind: type[Exception]) -> Iterator[None]:
+        """An error of this ``kind`` inside, on one rank, is raised on every rank: no rank waits for another."""
+        own = ""
+        try:
+            yield
+        except kind as error:
+            if self.size == 1:
+                raise
+            own = str(error) or kind.__name__
+        if message := next(filter(None, self.gather(own)), ""):
+            raise kind(message)
 
     def all_gather(self, value: T) -> list[T]:
         """As ``gather``; CUDA tensors arrive on the rank's device."""

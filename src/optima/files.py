@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from optima.errors import ModelError
 
 CANNOT_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)  # of a directory, as some mounts answer
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CHUNK = 2**20  # of a file, in bytes
 ACTIVATIONS = ".activations-"  # how files begin in which activations wait
 PLAIN, INDEX_ENDING = ".safetensors", ".index.json"  # how files of weights end, and behind that those which name them
 COMPRESSED = ".compressed.safetensors"  # how the files end that optima compress writes
@@ -31,25 +30,16 @@ TEMPLATES = "additional_chat_templates"  # of a tokenizer, in a directory of the
 
 
 def usable_path(path: str | Path, what: str, remedy: str) -> Path:
-    """``path`` with its home directory put in, which can be looked at; whether something is there is another matter.
+    """``path`` with its home directory expanded; it need not exist.
 
     Raises:
         ModelError: if no path can be so called, or it may not be looked at. It names ``what`` and the ``remedy``.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ModelError(f"{what} is {path!r}, not a path: {remedy}")
-    text = os.fspath(path)
     try:
-        text.encode("utf-8")
-        expanded = Path(text).expanduser()
-        expanded.resolve()
-        with suppress(FileNotFoundError, NotADirectoryError):
-            expanded.stat()
-    except (OSError, ValueError, RuntimeError) as error:
-        # NUL bytes and undecodable ones are ValueErrors; loops of links and unknown homes RuntimeErrors.
-        reason = error.strerror if isinstance(error, OSError) else error
-        shown = ascii(text) if len(text) < 100 else f"{text[:100]!a}..."
-        raise ModelError(f"{what} {shown} cannot be used ({reason}): {remedy}") from None
+        expanded = Path(path).expanduser()
+        expanded.resolve().exists()
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # also NUL bytes and unknown homes
+        raise ModelError(f"{what} {str(path)[:100]!a} cannot be used ({error}): {remedy}") from None
     return expanded
 
 
@@ -93,11 +83,8 @@ def digest(file: Path) -> str | None:
     """SHA-256 of a file's content, in hex; None if it is empty, or no file."""
     if not file.is_file() or not file.stat().st_size:
         return None
-    content = hashlib.sha256()
     with file.open("rb", buffering=0) as opened:
-        while chunk := opened.read(CHUNK):
-            content.update(chunk)
-    return content.hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def stamps(files: Iterable[Path]) -> dict[str, list[int]]:

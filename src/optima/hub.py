@@ -13,7 +13,7 @@ from optima.reporting.record import REPORT_NAME
 
 STALE = ("*.safetensors", "*.safetensors.index.json")  # weights of an earlier upload
 FAILURES: tuple[type[Exception], ...] = (*HUB_FAILURES, ValueError)  # also of a name or a card that the hub refuses
-NOT_PUSHED = ("layers/*", ".*", "**/.*")
+HIDDEN = (".*", "**/.*")
 
 
 def push(directory: str | Path, repo: str, *, private: bool | None = None, message: str | None = None) -> str:
@@ -38,11 +38,11 @@ def push(directory: str | Path, repo: str, *, private: bool | None = None, messa
             repo_id=repo,
             folder_path=folder,
             commit_message=message or "Pruned by OPTIMA",
-            ignore_patterns=[*NOT_PUSHED],
+            ignore_patterns=[*HIDDEN],
             delete_patterns=[*STALE],
         )
     except FAILURES as error:
-        raise ModelError(f"{repo}: {error}") from error
+        raise ModelError(f"cannot push to {repo}: {error}") from error
     return f"{api.endpoint}/{repo}"
 
 
@@ -50,7 +50,7 @@ def open_repo(repo: str, private: bool | None = None) -> str:
     """Create the repository if it does not exist, and return ``owner/name``. Raises ``ModelError`` as ``push`` does."""
     api = HfApi()
     try:
-        full = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        full: str = api.create_repo(repo, private=private, exist_ok=True).repo_id
         public, files = not api.repo_info(full).private, set(api.list_repo_files(full))
     except FAILURES as error:
         raise ModelError(f"cannot push to {repo}: {error}") from error

@@ -1,13 +1,12 @@
-"""The inputs of a run: the model's weights, the calibration data, and the batches of each process.
+"""The inputs of a run: the calibration data, and the store of activations.
 
 Shapes: N sequences, L tokens in each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,23 +14,35 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.store import Store
 from optima.checkpointing import Destination
-from optima.data.batches import Calibration
 from optima.data.datasets import Documents, load_documents
 from optima.data.generate import generate_tokens
 from optima.data.text import calibration_tokens, special_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError
-from optima.main_memory import available_memory, total_memory
+from optima.main_memory import available_memory
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callbacks
 
 FREE_SHARE = 0.5  # of the free main memory, for activations: the rest of them is in files
-CACHE_SHARE = 0.125  # of the main memory, for the KV cache while the model generates
-MOST_UNEVEN = 1.25  # the largest part of the sequences that a rank takes, relative to equal parts
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data as the model reads it.
+
+    Attributes:
+        tokens_NL: token ids, (samples, length) int64.
+        revision: of a hub dataset, where it is known.
+        notes: for the report.
+    """
+
+    tokens_NL: Tensor
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_calibration(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, calibration: Tensor | Iterable[Any] | None
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, calibration: Tensor | Iterable[str] | None
 ) -> Calibration:
     """The caller's calibration data, or that of the resolved recipe's datasets, without what the model generates.
 
@@ -75,24 +86,11 @@ def add_generated(
         len(special_tokens(tokenizer).before),
         seed=recipe.seed,
         device=device,
-        memory=int(CACHE_SHARE * total_memory() / ranks.here()) if device.type == "cpu" else None,
         ranks=ranks,
         progress=progress.progress,
     )
     note = f"self-generated calibration data: {count} of {recipe.samples()} sequences"
     return replace(text, tokens_NL=torch.cat([tokens_NL, generated_NL]), notes=(*text.notes, note))
-
-
-def batches_of_rank(text: Calibration, batch_size: int, ranks: Ranks) -> Sequence[Tensor]:
-    """The batches of this process: some of those of one process, unless that leaves too much to one of them."""
-    tokens_NL, count = text.tokens_NL, len(text.tokens_NL)
-    batches: Sequence[Tensor] = tokens_NL.split(batch_size)
-    ranks.check_sequences(count)
-    most, fair = -(-len(batches) // ranks.size) * batch_size, -(-count // ranks.size)
-    if len(batches) >= ranks.size and most <= MOST_UNEVEN * fair:
-        return batches[ranks.part(len(batches))]
-    own: Sequence[Tensor] = tokens_NL[ranks.part(count)].split(batch_size)
-    return own
 
 
 def make_store(destination: Destination | None, ranks: Ranks) -> Store:

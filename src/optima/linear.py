@@ -18,7 +18,6 @@ from optima.core.problem import RowSolution, Status, chunk_rows, concatenate
 from optima.core.products import all_finite
 from optima.core.rounding import Rounded, round_rows
 from optima.core.solvers import RowSolver, make_problem, solve_rows
-from optima.core.statistics import Statistics
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import RecipeError
@@ -110,7 +109,7 @@ def prune_linear(
         sparsity=float((weight_OD == 0).double().mean()),
         rows=len(weight_OD),
         damping=task.hessian.damping,
-        tokens=task.statistics.tokens,
+        tokens=task.hessian.tokens,
         seconds=clock.total - before,
         **errors,
         **_certificates(solution, rounded),
@@ -131,8 +130,8 @@ def select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection:
         task = replace(task, weight_OD=task.weight_OD * root_O1)
     if not type(selector).__module__.startswith("optima.selectors."):
         # Other code may work in place, and errors and certificates are measured by these.
-        copy = Hessian(task.hessian.matrix_DD, task.hessian.requested_damping)
-        task = replace(task, weight_OD=task.weight_OD.clone(), statistics=Statistics(copy, task.statistics.tokens))
+        copy = Hessian(task.hessian.matrix_DD, task.hessian.requested_damping, task.hessian.tokens)
+        task = replace(task, weight_OD=task.weight_OD.clone(), hessian=copy)
     selection = selector.select(task, pattern)
     problem = _broken(selection, task, pattern)
     if problem:

@@ -11,10 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # cgroups(7)
-# Of both versions: limit, what is taken, and of that the pages of files, which the kernel gives up when asked.
-UNIFIED = "memory.max", "memory.current", ("inactive_file", "active_file")
-LEGACY = "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # version 2 of cgroups(7)
 
 
 def total_memory(groups: Path = GROUPS, own_groups: Path = OWN_GROUPS) -> int:
@@ -36,18 +33,12 @@ def available_memory(groups: Path = GROUPS, own_groups: Path = OWN_GROUPS) -> in
 def _limits(groups: Path, own_groups: Path) -> Iterator[tuple[int, int]]:
     """What each group of this process may take, and takes; those above it too, whose limits hold as well."""
     with suppress(OSError):  # not Linux
-        for line in own_groups.read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if kinds and "memory" not in kinds.split(","):
-                continue
-            root, names = (groups / "memory", LEGACY) if kinds else (groups, UNIFIED)
-            inside = PurePosixPath(path.lstrip("/"))
-            for folder in (inside, *inside.parents):
-                with suppress(OSError, ValueError):  # the path may be that outside a container; "max" is no limit
-                    yield _limit(root / folder, *names)
-
-
-def _limit(folder: Path, limit: str, taken: str, of_files: tuple[str, ...]) -> tuple[int, int]:
-    parts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    files = sum(int(parts.get(name, 0)) for name in of_files)
-    return int((folder / limit).read_text()), int((folder / taken).read_text()) - files
+        own = next((line[4:] for line in own_groups.read_text().splitlines() if line.startswith("0::/")), "")
+        for inside in (PurePosixPath(own), *PurePosixPath(own).parents):
+            folder = groups / inside
+            with suppress(OSError, ValueError):  # the path may be that outside a container; "max" is no limit
+                parts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                # The kernel gives up pages of files when asked.
+                of_files = sum(int(parts.get(name, 0)) for name in ("inactive_file", "active_file"))
+                taken = int((folder / "memory.current").read_text()) - of_files
+                yield int((folder / "memory.max").read_text()), taken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 
 from optima.core import make_solver
 from optima.core.shifted import MOST_EIGENVALUES
-from optima.data.batches import read_calibration
 from optima.data.generate import can_continue
 from optima.device import card_memory, named_device
 from optima.distributed import Ranks
-from optima.errors import ModelError, RecipeError
+from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.linear import Methods
 from optima.main_memory import total_memory
 from optima.models.blocks import Block, Linear, Stack, count_parameters, dense_notes, find_stacks, select_linears
@@ -63,7 +62,7 @@ class Plan:
         fallback: patterns of a stack without gradients, where they differ.
         dtype: of the weights as read: a skeleton is in float32.
         device: where blocks are pruned.
-        calibration: of the caller: token ids (N, L), batches, or documents; None: the recipe's dataset is read.
+        calibration: of the caller: token ids (N, L), or documents; None: the recipe's dataset is read.
         scope_named: whether the user named the scope.
         notes: which weights stay dense, and what was resolved otherwise than asked.
     """
@@ -132,7 +131,8 @@ def plan_run(
     else:
         check_in_memory(model)
     plan = resolve(model, recipe, place, source, calibration, trust_remote_code)
-    ranks.check_sequences(plan.recipe.samples())
+    if (count := plan.recipe.samples()) < ranks.size:
+        raise RecipeError(f"{ranks.size} processes share {count} calibration sequences: start {count} at most")
     return plan
 
 
@@ -164,26 +164,29 @@ def resolve(
     """
     methods = make_methods(recipe, trust_remote_code)
     scope_named = recipe.scope is not None
-    recipe = asked = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))
-    stacks = chosen_stacks(model, recipe)
+    recipe = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))
+    stacks = tuple(chosen_stacks(model, recipe))
     linears = [linear for stack in stacks for block in stack.blocks for linear in block.linears]
     patterns, fallback = _patterns(model, stacks, linears, recipe, methods), dict[str, Pattern]()
     if recipe.objective == "loss" and recipe.scope is not None and not scope_named:
         scope = default_scope("sink", methods.selector)
         fallback = {name: replace(p, scope=scope) for name, p in patterns.items() if isinstance(p, Unstructured)}
-    _check_changeable(model, linears, recipe)
+    for linear in linears:
+        if linear.expert is None and "weight" not in linear.module._parameters:
+            raise ModelError(f"the weight of {linear.name} is computed from others: remove its parametrization first")
     inputs = len(stacks) * max(linear.shape[1] for linear in linears)
-    data = read_calibration(calibration, lambda length: asked.replace(max_seq_length=length).samples(inputs))
     dtype = model.dtype if source is None else dtype_as_read(model.config, recipe.dtype)
-    if isinstance(data, Tensor):
-        recipe = recipe.replace(num_calibration_samples=len(data), max_seq_length=data.shape[1])
+    if isinstance(calibration, Tensor):
+        if calibration.ndim != 2 or calibration.is_floating_point() or calibration.dtype == torch.bool:
+            shape = f"{tuple(calibration.shape)} {calibration.dtype}"
+            raise CalibrationError(f"calibration must be token ids, integers of shape (samples, length), got {shape}")
+        recipe = recipe.replace(num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
     check_length(model, recipe.max_seq_length)
     fits = max(CPU_TOKENS // recipe.max_seq_length, 1) if device.type == "cpu" else BATCH_SIZE
     recipe = recipe.replace(batch_size=recipe.batch_size or fits, num_calibration_samples=recipe.samples(inputs))
     notes = (*dense_notes(model, stacks), *_unmatched(recipe, stacks))
-    plan = Plan(
-        *(model, source, recipe, methods, tuple(stacks), patterns, fallback, dtype, device, data, scope_named, notes)
-    )
+    data = calibration, scope_named, notes
+    plan = Plan(model, source, recipe, methods, stacks, patterns, fallback, dtype, device, *data)
     if recipe.self_generated and (reason := _why_not_generated(plan)):
         notes = (*notes, f"no calibration data is self-generated: {reason}")
         plan = replace(plan, recipe=recipe.replace(self_generated=0.0), notes=notes)
@@ -257,14 +260,6 @@ def check_in_memory(model: PreTrainedModel) -> None:
             raise ModelError(f"{name} is a {type(parameter).__name__}, not a plain tensor: load the model as it is")
         if {"base_layer", "_orig_mod"} & set(name.split(".")):
             raise ModelError(f"the model is wrapped ({name}): merge adapters, and unwrap torch.compile, first")
-
-
-def _check_changeable(model: PreTrainedModel, linears: Iterable[Linear], recipe: Recipe) -> None:
-    for linear in linears:
-        if linear.expert is None and "weight" not in linear.module._parameters:
-            raise ModelError(f"the weight of {linear.name} is computed from others: remove its parametrization first")
-    if recipe.tuning_epochs and recipe.objective != "loss" and any(each.is_inference() for each in model.parameters()):
-        raise ModelError("the model was made inside torch.inference_mode(): make it outside, or --tuning-epochs 0")
 
 
 def _unmatched(recipe: Recipe, stacks: Sequence[Stack]) -> list[str]:

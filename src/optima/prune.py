@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optima.allocate import allocate, saliency_quantiles, with_shares
 from optima.calibration.activations import Activations, capture
-from optima.calibration.fisher import LOGITS, fisher_batches, fisher_weights, tuned_batches
+from optima.calibration.fisher import LOGITS, chosen_batches, fisher_weights
 from optima.calibration.lm_head import LmHead, outside_device
 from optima.calibration.statistics import Found, observe, routing_notes
 from optima.calibration.weights import FisherWeights
@@ -118,7 +118,7 @@ def prune_stack(
                 run.weights.replaced(block, run.reader(block, names))
         give_back_freed_memory()
         run.progress.notes(run.notes)
-        run.progress.block(block.name, run.blocks[-1], records if resumed else None)
+        run.progress.block(block.name, run.blocks[-1], records, resumed is not None)
 
 
 def prune_block(
@@ -139,20 +139,19 @@ def prune_block(
     for found in collect_hessians(block, acts, fisher, run, clock):
         pruned.owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
         for linear in found.linears if found.owner in (None, run.ranks.rank) else ():
-            if found.statistics is None:
+            if found.hessian is None:
                 why = "no calibration token reached it" if is_expert(linear) else UNCALLED
                 pruned.notes[linear.name] = (f"{linear.name} was not pruned: {why}",)
                 continue
             rows_O = None if fisher is None else fisher.rows.get(linear.name)
             coupling_OO = None if fisher is None else fisher.coupling.get(linear.name)
-            task = LinearTask(linear.name, _dense(linear, run), found.statistics, rows_O, coupling_OO)
+            task = LinearTask(linear.name, _dense(linear, run), found.hessian, rows_O, coupling_OO)
             ranks = run.ranks if found.owner is None else ALONE
             result = prune_linear(task, patterns[linear.name], run.methods, linear.read().dtype, clock, ranks)
             linear.write(result.weight_OD)
             index = run.first_block + block.index
-            record = replace(result.record, block=index)
-            pruned.records[linear.name], pruned.notes[linear.name] = record, result.notes
-            run.progress.linear(record)
+            pruned.records[linear.name] = replace(result.record, block=index)
+            pruned.notes[linear.name] = result.notes
             if for_tuning:
                 pruned.keeps[linear.name] = result.keep_OD
                 if result.solution_OD is not None:
@@ -175,9 +174,7 @@ def collect_hessians(
 ) -> Iterator[Found]:
     """The statistics of each group of linears with one input; ``onward``: ``acts`` become the block's outputs."""
     sink_weight = 0.0 if fisher is not None or run.recipe.objective == "plain" else SINK_WEIGHT
-    for found in observe(block, acts, sink_weight, run.recipe.damping, clock, fisher, onward):
-        yield found
-        del found  # or its Hessian would be in memory during the next pass
+    return observe(block, acts, sink_weight, run.recipe.damping, clock, fisher, onward)
 
 
 def find_fisher_weights(
@@ -215,7 +212,7 @@ def find_fisher_weights(
 def sensitivity_pass(stack: Stack, acts: Activations, fisher: FisherWeights, run: RunState) -> dict[str, float]:
     """Each linear's share of the recipe's sparsity, from a pass over the dense blocks with some of the batches."""
     experts = any(is_expert(linear) for block in stack.blocks for linear in block.linears)
-    batches = fisher_batches(acts, 1.0 if experts else FISHER_FRACTION)  # each expert gets few tokens
+    batches = chosen_batches(acts, 1.0 if experts else FISHER_FRACTION)  # each expert gets few tokens
     acts, fisher = acts.part(batches), fisher.part(batches)
     blocks, quantiles = stack.blocks[: stack.needed], dict[str, Tensor]()
     run.progress.stage("sensitivity", len(blocks))
@@ -223,10 +220,10 @@ def sensitivity_pass(stack: Stack, acts: Activations, fisher: FisherWeights, run
         own: dict[str, Tensor] = {}
         with run.weights.on(block, run.device, run.clock):
             for found in collect_hessians(block, acts, fisher, run, run.clock, onward=block is not blocks[-1]):
-                if found.statistics is not None and found.owner in (None, run.ranks.rank):
+                if found.hessian is not None and found.owner in (None, run.ranks.rank):
                     for linear in found.linears:
                         rows_O = fisher.rows.get(linear.name, torch.zeros(linear.shape[0]))
-                        task = LinearTask(linear.name, _dense(linear, run), found.statistics, row_weight_O=rows_O)
+                        task = LinearTask(linear.name, _dense(linear, run), found.hessian, row_weight_O=rows_O)
                         own[linear.name] = saliency_quantiles(task)
                 del found  # or its Hessian would be in memory during the next pass
         every = run.ranks.gather_dict(own)
@@ -268,7 +265,7 @@ def _share(block: Block, pruned: Pruned, run: RunState, for_tuning: bool) -> Non
     """Broadcast records, notes, weights, and what tuning needs, from the owners to all ranks."""
     ranks = run.ranks
     pruned.notes = ranks.gather_dict(pruned.notes)
-    pruned.records, own = ranks.gather_dict(pruned.records), pruned.records
+    pruned.records = ranks.gather_dict(pruned.records)
     for linear in block.linears:
         owner = pruned.owners[linear.name]
         if owner is None or linear.name not in pruned.records:
@@ -280,8 +277,6 @@ def _share(block: Block, pruned: Pruned, run: RunState, for_tuning: bool) -> Non
                 tensors = getattr(pruned, kind)
                 empty_OD = torch.empty(linear.shape, dtype=dtype, device=run.device)
                 tensors[linear.name] = ranks.broadcast_(tensors.get(linear.name, empty_OD).contiguous(), owner)
-        if linear.name not in own:
-            run.progress.linear(pruned.records[linear.name])
 
 
 @dataclass
@@ -298,7 +293,7 @@ class Tuner:
     tuning: Tuning
     batches: list[int]
     dense: Activations
-    fisher: FisherWeights | None
+    fisher: FisherWeights
     head: LmHead | None
 
     def forward(self, block: Block, clock: Stopwatch) -> None:
@@ -308,23 +303,22 @@ class Tuner:
 
     def tune(self, block: Block, pruned: Pruned, acts: Activations, clock: Stopwatch) -> Tuned:
         """Tune a pruned block with the inputs ``acts``."""
-        head = self.head if self.head is not None and self.head.read(block) else None
-        tokens = None if self.fisher is None else self.fisher.tokens.get(block.name)
+        head = self.head if self.head is not None and block is self.head.stack.blocks[-1] else None
+        tokens = self.fisher.tokens.get(block.name)
         weights = None if tokens is None else [tokens[batch] for batch in self.batches]
         part, targets = acts.part(self.batches), self.dense.hidden
+        metric_EE, solutions = self.fisher.residual[block.name], pruned.solutions
         with clock("tune" if head is None else "logits"):
-            return tune_block(
-                block, pruned.keeps, part, targets, self.tuning, self.fisher, weights, head, pruned.solutions
-            )
+            return tune_block(block, pruned.keeps, part, targets, self.tuning, metric_EE, weights, head, solutions)
 
 
 def make_tuner(acts: Activations, fisher: FisherWeights | None, head: LmHead | None, run: RunState) -> Tuner | None:
     """A tuner of the stack that ``acts`` enters; None if its blocks are not tuned."""
     recipe = run.recipe
-    if not recipe.tuning_epochs or (recipe.objective == "loss" and fisher is None):
+    if not recipe.tuning_epochs or fisher is None:
         return None
-    tuning = Tuning(recipe.tuning_epochs, recipe.learning_rate, recipe.tuning_fraction, recipe.seed)
-    batches = tuned_batches(acts, tuning.share)
+    tuning = Tuning(recipe.tuning_epochs, recipe.learning_rate, recipe.seed)
+    batches = chosen_batches(acts, recipe.tuning_fraction, tuned=True)
     return Tuner(tuning, batches, acts.part(batches), fisher, head)
 
 

@@ -5,7 +5,6 @@ No torch is imported here: a recipe is checked, and the help printed, before the
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import reprlib
@@ -110,9 +109,7 @@ class Recipe(BaseModel):
 
         def __init__(self, **values: Any) -> None:
             for key in values.keys() - type(self).model_fields.keys():
-                close = difflib.get_close_matches(str(key), type(self).model_fields, 1)
-                meant = f"did you mean {close[0]}?" if close else f"known keys are {', '.join(type(self).model_fields)}"
-                raise RecipeError(f"unknown key {str(key)!r}: {meant}")
+                raise RecipeError(f"unknown key {str(key)!r}: known keys are {', '.join(type(self).model_fields)}")
             try:
                 super().__init__(**values)
             except ValidationError as error:
@@ -123,10 +120,8 @@ class Recipe(BaseModel):
     def _is_selector(cls, value: Any) -> Any:
         if isinstance(value, str):
             if ":" not in value and value not in SELECTOR_NAMES:
-                close = difflib.get_close_matches(value, SELECTOR_NAMES, 1)
-                meant = f" (did you mean {close[0]}?)" if close else ""
                 names = ", ".join(SELECTOR_NAMES)
-                raise ValueError(f"unknown selector {value!r}{meant}: choose {names}, or your own package.module:Class")
+                raise ValueError(f"unknown selector {value!r}: choose {names}, or your own package.module:Class")
         elif isinstance(value, type) or not all(hasattr(value, part) for part in ("select", "published_scope")):
             raise ValueError(
                 "selector must be a name, package.module:Class, or an object with published_scope and select(task, "
@@ -154,6 +149,8 @@ class Recipe(BaseModel):
             raise ValueError("selector external needs mask_from: name a checkpoint or a file of masks")
         if self.selector != "external" and self.mask_from is not None:
             raise ValueError("mask_from is for selector external: leave out one of them")
+        if self.tuning_epochs and self.resolved_objective != "loss":
+            raise ValueError(f"tuning needs objective loss, not {self.resolved_objective}: add --objective loss")
         if self.allocation == "loss":
             if self._external or len(table.patterns) != 1 or not isinstance(table.default, Unstructured):
                 raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.checkpointing import ENVIRONMENT, Destination, check_alike
-from optima.data.batches import Batches, Calibration
+from optima.data.text import data_hash
 from optima.device import (
     PeakMemory,
     default_torch_settings,
@@ -30,9 +30,8 @@ from optima.device import (
 from optima.distributed import Ranks, joined
 from optima.errors import RecipeError
 from optima.files import stamps
-from optima.inputs import add_generated, batches_of_rank, load_calibration, make_store
+from optima.inputs import Calibration, add_generated, load_calibration, make_store
 from optima.models.auxiliary import copies_tokenizer, to_save
-from optima.models.fingerprint import hash_tensors
 from optima.models.inspect import check_vocabulary
 from optima.models.load import load_tokenizer, weights_of
 from optima.models.masks import MaskFiles
@@ -51,7 +50,6 @@ from optima.stopping import interruptible
 
 CALLER_NOTE = "the caller passed the calibration data: the recipe's dataset was not read"
 SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a configuration, no part of identity
-SHARED = " shared the work"  # a phrase by which the note is found
 
 
 def prune(
@@ -60,7 +58,7 @@ def prune(
     *,
     output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: Tensor | Iterable[str] | Batches | None = None,
+    calibration: Tensor | Iterable[str] | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -79,9 +77,8 @@ def prune(
         output_dir: where the sparse checkpoint, the report and the recipe are written; may be None for a model
             in memory.
         tokenizer: for a model in memory; a path brings its own.
-        calibration: instead of the recipe's dataset: documents; token ids of shape (samples, length); or batches of
-            token ids, such as a ``DataLoader`` yields: tensors (batch, length), or dicts with them as ``input_ids``.
-            At most ``recipe.num_calibration_samples`` sequences of documents and batches are used.
+        calibration: instead of the recipe's dataset: documents, of which as many are read as are needed; or token ids,
+            integers of shape (samples, length), all of which are used.
         device: auto, cpu, cuda or cuda:N.
         trust_remote_code: run code that comes with the checkpoint, or that the recipe's selector names.
         callbacks: called for each linear and block, see ``optima.Callback``.
@@ -99,8 +96,7 @@ def prune(
             partly pruned.
     """
     started = time.perf_counter()
-    callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else callbacks
-    _check_arguments(output_dir, resume, tokenizer, callbacks)
+    _check_arguments(output_dir, resume, callbacks)
     with ExitStack() as outer:  # the end is reported only once the output has its name
         with ExitStack() as stack:
             ranks = stack.enter_context(joined())
@@ -132,16 +128,16 @@ def prune(
                 prepare(network, to_save(plan.source, tokenizer, own_tokenizer), plan.source, destination.directory)
             text = add_generated(text, network, own_tokenizer, plan.recipe, plan.device, ranks, run.progress)
             run.note(*text.notes)
-            batches = batches_of_rank(text, plan.batch_size, ranks)
+            batches = text.tokens_NL[ranks.part(len(text.tokens_NL))].split(plan.batch_size)
             if identified:
-                identified["tokens"] = text.hash
+                identified["tokens"] = data_hash(text.tokens_NL)
                 check_alike(identified, ranks)
             if destination is not None:
                 run.writer = open_writer(network, plan.blocks, destination, identified, weights)
-                run.note(*destination.notes)
+                run.note(*destination.notes, *run.writer.notes)
             give_back_freed_memory()
-            if ranks.first:
-                _note_processes(run)
+            if ranks.size > 1:
+                run.note(f"{ranks.size} processes shared the work: sums, and masks where saliencies tie, may differ")
             run.progress.notes(run.notes)
             run.store = make_store(destination, ranks)
             stacks = chosen_stacks(network, plan.recipe)
@@ -161,14 +157,10 @@ def prune(
     return report
 
 
-def _check_arguments(output_dir: object, resume: bool | None, tokenizer: object, callbacks: object) -> None:
+def _check_arguments(output_dir: object, resume: bool | None, callbacks: object) -> None:
     if output_dir is None and resume:
         raise RecipeError("resume needs the output_dir of the unfinished run")
-    if output_dir is not None and not isinstance(output_dir, str | Path):
-        raise RecipeError(f"output_dir must be a path, got {type(output_dir).__name__}")
-    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise RecipeError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}")
-    if not isinstance(callbacks, Iterable) or not all(isinstance(each, Callback) for each in callbacks):
+    if not isinstance(callbacks, Sequence) or not all(isinstance(each, Callback) for each in callbacks):
         raise RecipeError("callbacks must be a list of optima.Callback objects")
 
 
@@ -191,21 +183,6 @@ def _notes(plan: Plan, network: PreTrainedModel) -> list[str]:
     return notes
 
 
-def _note_processes(run: RunState) -> None:
-    """Note how many processes share the work from here on, also for a resumed run."""
-    writer, size = run.writer, run.ranks.size
-    done = [] if writer is None else list(writer.done)
-    where, text = f"after {done[-1]}" if done else "from the first block on", ""
-    if size > 1:
-        why = "sums are rounded differently than in one process, and masks may differ where saliencies nearly tie"
-        text = f"{where} {size} processes{SHARED}: {why}"
-    elif writer is not None and any(SHARED in note for note in writer.notes):
-        text = f"{where} one process{SHARED}"
-    if writer is not None and text:
-        writer.note(text)
-    run.note(*([text] if writer is None else writer.notes))
-
-
 def _identity(plan: Plan, ranks: Ranks, written: bool) -> dict[str, Any]:
     """What identifies the run, for ``--resume`` and for the other processes; empty if nobody asks."""
     if not written and ranks.size == 1:
@@ -221,10 +198,23 @@ def _identity(plan: Plan, ranks: Ranks, written: bool) -> dict[str, Any]:
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "weights": weights,
         "masks": masks,
-        ENVIRONMENT: {"versions": library_versions(), "device": describe_device(plan.device)},
+        ENVIRONMENT: {
+            "versions": library_versions(),
+            "device": describe_device(plan.device),
+            "number of processes": ranks.size,
+        },
     }
     check_alike(found, ranks)
     return found
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 in hex over the name, dtype, shape and bytes of each tensor."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _start(plan: Plan) -> RunStart:
@@ -249,7 +239,7 @@ def _report(
         recipe=applied.to_dict(),
         versions=library_versions(),
         seed=plan.recipe.seed,
-        data_hash=text.hash,
+        data_hash=data_hash(text.tokens_NL),
         num_tokens=text.tokens_NL.numel(),
         dataset_revision=text.revision,
         calibration_given=plan.calibration is not None,
@@ -269,7 +259,7 @@ def _report(
 def _write_reports(recipe: Recipe, report: Report, directory: Path, base_model: str | None) -> None:
     write_card(directory, report, base_model)
     report.save(directory)
-    (directory / "report.html").write_text(render_html({report.run.model: report}), encoding="utf-8")
+    (directory / "report.html").write_text(render_html(report), encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
     recipe.save(directory / "recipe.yaml", CALLER_NOTE if report.run.calibration_given else "")
 

@@ -9,18 +9,18 @@ Tuning is data-parallel. The sequences of a step depend on the seed alone. Each 
 gradients and held-out errors are all-reduced, and every rank takes the same step. So any number of ranks takes the same
 steps up to rounding. With more than ``STEP`` ranks some are idle in each step.
 
-Shapes: L tokens in a sequence, T tokens, E hidden size.
+Shapes: T tokens, E hidden size, S hidden states of a token.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise, zip_longest
+from itertools import chain, pairwise, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,9 @@ from torch.func import functional_call
 
 from optima.calibration.activations import Activations, Microbatch, hidden_of
 from optima.calibration.lm_head import LmHead, LogitsError
-from optima.calibration.weights import FisherWeights
 from optima.core.products import all_finite
 from optima.device import GRADIENT, backward_explained, differentiable, full_precision, one_memory_error
-from optima.distributed import ALONE, Ranks
+from optima.distributed import Ranks
 from optima.errors import ModelError
 from optima.models.blocks import Block, Linear, routing_module
 from optima.models.inputs import rows_of
@@ -44,12 +43,8 @@ BETAS = (1.0 - STEP * 0.1, 1.0 - STEP * 0.05)
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
 LOGITS_RATE = 1.0 / 6.0  # of the learning rate, where the cost is KL of the logits, which overfits sooner
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
-SMALLEST_ENERGY = 1e-12
 SEEDS = 2**20  # blocks of a run have generators of their own
-ONE_PIECE = (
-    "blocks are not tuned: tuning needs at least two sequences, or two batches where a batch cannot be split; give "
-    "more calibration sequences"
-)
+ONE_SEQUENCE = "blocks are not tuned: tuning needs at least two sequences; give more calibration sequences"
 OUT_OF_MEMORY = "block tuning ran out of device memory: such a block keeps the weights of its solve"
 
 
@@ -61,13 +56,11 @@ class Tuning:
         epochs: passes over the sequences that are not held out.
         learning_rate: of Adam with one sequence a step, relative to the root mean square of each tensor; it falls to 0
             along a cosine. An epoch that increases the held-out error is undone, and the rate is cut to a quarter.
-        share: of the sequences that are used, see ``tuned_batches``.
-        seed: of the order of the microbatches, with the index of the block.
+        seed: of the order of the sequences, with the index of the block.
     """
 
     epochs: int
     learning_rate: float
-    share: float = 1.0
     seed: int = 0
 
 
@@ -108,17 +101,6 @@ class BlockError:
         metric_EE = residual_EE + ALIKE * residual_EE.diag().diag()
         return cls(metric_EE / metric_EE.diagonal().mean(), weights)
 
-    @classmethod
-    def by_channel(
-        cls, targets: Sequence[Tensor], ranks: Ranks = ALONE, device: torch.device | None = None
-    ) -> BlockError:
-        """Each channel's change relative to its own energy, over the targets of all ranks."""
-        energies = [target.float().square().flatten(0, -2).sum(dim=0) for target in targets]
-        size = max(ranks.gather(max(map(len, energies), default=0)))
-        energy_E = ranks.all_reduce(sum(energies, torch.zeros(size)))
-        count = sum(ranks.gather(sum(target.numel() for target in targets))) / size
-        return cls((count / len(energy_E) / energy_E.clamp_min(SMALLEST_ENERGY)).diag().to(device))
-
     def gradient_scale(self, cost: float, tokens: int) -> float:
         """What brings the gradient at the outputs near ``GRADIENT``, for microbatches of ``tokens`` that cost ``cost``.
 
@@ -141,15 +123,13 @@ class BlockError:
             microbatch: whose they are; None: all tokens weigh the same.
             epoch: unused.
         """
-        weight_T = None
-        if microbatch is not None and self.weights is not None:
-            weight_T = rows_of(self.weights[microbatch.batch], microbatch.rows, microbatch.samples)
         change_TE = (found.float() - target.float()).flatten(0, -2)
         fixed_TE = change_TE.detach()
         pull_TE = fixed_TE @ self.metric_EE.to(fixed_TE)
         cost_T = ((2.0 * change_TE - fixed_TE) * pull_TE).sum(dim=-1)  # M is symmetric: one product, not one more back
-        if weight_T is None:
+        if microbatch is None or self.weights is None:
             return cost_T.mean()
+        weight_T = rows_of(self.weights[microbatch.batch], microbatch.rows, microbatch.samples)
         cost_TS = cost_T.reshape(len(weight_T), -1)
         return (cost_TS * weight_T.to(cost_T)[:, None]).mean()
 
@@ -160,31 +140,29 @@ def tune_block(
     acts: Activations,
     targets: Sequence[Tensor],
     tuning: Tuning,
-    loss: FisherWeights | None,
+    metric_EE: Tensor,
     weights: Sequence[Tensor] | None = None,
     lm_head: LmHead | None = None,
     solutions: dict[str, Tensor] | None = None,
 ) -> Tuned:
-    """Tune a block by the metric that is known of it: KL of the logits, the Fisher metric, or energies of channels.
+    """Tune a block by the KL divergence of the logits, or else by the Fisher metric at its outputs.
 
     Args:
         block, keeps, acts, targets, tuning, solutions: see ``tune``.
-        loss: the Fisher weights, with the metric at the block's outputs; None: channels count by their energy.
+        metric_EE: the Fisher metric at the block's outputs.
         weights: of the tokens of each batch, (T,), or None.
         lm_head: the LM head, if it reads the output of the block.
     """
-    cost: AbstractContextManager[BlockError | LogitsError]
+    cost: BlockError | LogitsError
     try:
-        with full_precision(), _memory_of_all(acts.ranks):
-            if lm_head is not None:
-                tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
-                cost = lm_head.error(acts)
-            elif loss is not None:
-                cost = nullcontext(BlockError.by_loss(loss.residual[block.name].to(acts.device), weights))
-            else:
-                cost = nullcontext(BlockError.by_channel(targets, acts.ranks, acts.device))
-        with full_precision(), one_memory_error(), cost as found:
-            tuned = tune(block, keeps, acts, targets, found, tuning, solutions)
+        with full_precision(), one_memory_error(), ExitStack() as stack:
+            with acts.ranks.raised_on_all(torch.OutOfMemoryError), one_memory_error():
+                if lm_head is not None:
+                    tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
+                    cost = stack.enter_context(lm_head.error(acts))
+                else:
+                    cost = BlockError.by_loss(metric_EE.to(acts.device), weights)
+            tuned = tune(block, keeps, acts, targets, cost, tuning, solutions)
     except torch.OutOfMemoryError:  # nothing of the block has changed yet
         return Tuned((), 0, OUT_OF_MEMORY)
     return replace(tuned, on_logits=lm_head is not None and bool(tuned.held_out))
@@ -213,37 +191,44 @@ def tune(
     Raises:
         ModelError: if the block has no gradients.
     """
-    ranks, own = acts.ranks, acts.microbatches()
-    samples = ranks.gather([rows.stop - rows.start for _, rows, _ in own])
-    sizes = [size for each in samples for size in each]  # microbatches are numbered over all ranks
-    if len(sizes) < 2:
-        return Tuned((), 0, ONE_PIECE)
-    numbered = dict(enumerate(own, start=sum(map(len, samples[: ranks.rank]))))
-    held_out = [*range(HELD_OUT - 1, len(sizes), HELD_OUT)] or [len(sizes) - 1]
-    trained = [number for number in range(len(sizes)) if number not in held_out]
-    masters = _masters(block, keeps, solutions or {})
-    if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
-        raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
+    count = sum(acts.counts)  # sequences are numbered over all ranks
+    if count < 2:
+        return Tuned((), 0, ONE_SEQUENCE)
+    held_out = [*range(HELD_OUT - 1, count, HELD_OUT)] or [count - 1]
+    trained = [number for number in range(count) if number not in held_out]
+    numbered, masters = acts.numbered(), _masters(block, keeps, solutions or {})
 
-    error = _Error(block, acts, targets, cost, masters, numbered)
+    def error(number: int, epoch: int = 0) -> Tensor:
+        batch, rows, samples = microbatch = numbered[number]
+        rounded = {name: master.to(block.module.get_parameter(name).dtype) for name, master in masters.items()}
+        found = hidden_of(acts.run(block, batch, rows, partial(functional_call, block.module, rounded)))
+        return cost(found, rows_of(targets[batch], rows, samples).to(acts.device), microbatch, epoch)
+
+    def held_out_error() -> float:
+        with torch.no_grad(), acts.ranks.raised_on_all(torch.OutOfMemoryError), one_memory_error():
+            errors = [float(error(number)) for number in held_out if number in numbered]
+        return sum(chain(*acts.ranks.gather(errors))) / len(held_out)
+
     rate = tuning.learning_rate * STEP_RATE
     best, kept = 0, {name: master.detach().clone() for name, master in masters.items()}
     optimizer = _adam(masters)
     generator = torch.Generator().manual_seed(tuning.seed * SEEDS + block.index)
-    epochs = [_steps(trained, sizes, generator) for _ in range(tuning.epochs)]
-    history, steps, step = [error.mean(held_out)], sum(map(len, epochs)), 0
-    scale = cost.gradient_scale(history[0], error.most_tokens(trained))
+    epochs = [_steps(trained, generator) for _ in range(tuning.epochs)]
+    history, steps, step = [held_out_error()], sum(map(len, epochs)), 0
+    scale = cost.gradient_scale(history[0], acts.length)
     for epoch, chosen in enumerate(epochs):
         for numbers in chosen:
             for group in optimizer.param_groups:
                 group["lr"] = group["size"] * rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-            error.backward(numbers, epoch, scale)
-            _all_reduce_gradients(masters, len(numbers), ranks)
+            own = (error(number, epoch) * scale for number in numbers if number in numbered)
+            with acts.ranks.raised_on_all(torch.OutOfMemoryError), one_memory_error():
+                _backward(own, block)
+            _all_reduce_gradients(masters, len(numbers), acts.ranks)
             if all_finite(*(master.grad for master in masters.values() if master.grad is not None)):
                 optimizer.step()  # without one that overflowed, which would spoil Adam's moments
             optimizer.zero_grad()
             step += 1
-        history.append(error.mean(held_out))
+        history.append(held_out_error())
         if history[-1] < min(history[:-1]) and all_finite(*masters.values()):
             best = epoch + 1
             _copy(masters, kept)
@@ -255,98 +240,42 @@ def tune(
     return Tuned(tuple(history), best)
 
 
-@dataclass(frozen=True)
-class _Error:
-    """The cost of the block with the masters, rounded to their dtypes, as its weights.
+def _steps(sequences: Sequence[int], generator: torch.Generator) -> list[list[int]]:
+    """The sequences of each step of an epoch, in random order.
 
-    Attributes:
-        numbered: the microbatches of this rank, by their number among those of all ranks.
+    They are split into ``STEP`` contiguous parts, and a step has one of each: so two or four ranks, which have
+    contiguous parts of them too, share each step evenly.
     """
-
-    block: Block
-    acts: Activations
-    targets: Sequence[Tensor]
-    cost: BlockError | LogitsError
-    masters: Mapping[str, Tensor]
-    numbered: Mapping[int, Microbatch]
-
-    def _own(self, numbers: Sequence[int]) -> list[Microbatch]:
-        return [self.numbered[number] for number in numbers if number in self.numbered]
-
-    def _of(self, microbatch: Microbatch, epoch: int = 0) -> Tensor:
-        module, (batch, rows, samples) = self.block.module, microbatch
-        rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
-        found = hidden_of(self.acts.run(self.block, batch, rows, partial(functional_call, module, rounded)))
-        target = rows_of(self.targets[batch], rows, samples).to(self.acts.device)
-        return self.cost(found, target, microbatch, epoch)
-
-    def mean(self, numbers: Sequence[int]) -> float:
-        """Over these microbatches of all ranks."""
-        with torch.no_grad(), _memory_of_all(self.acts.ranks):
-            own = [float(self._of(microbatch)) for microbatch in self._own(numbers)]
-        every = [value for values in self.acts.ranks.gather(own) for value in values]
-        return sum(every) / len(every)
-
-    def most_tokens(self, numbers: Sequence[int]) -> int:
-        """Of one of these microbatches."""
-        own = ((rows.stop - rows.start) * self.acts.sizes[batch][1] for batch, rows, _ in self._own(numbers))
-        return int(max(self.acts.ranks.gather(max(own, default=0))))
-
-    def backward(self, numbers: Sequence[int], epoch: int, scale: float) -> None:
-        """Add the gradients of those microbatches that are this rank's to the masters'."""
-        name, module = self.block.name, self.block.module
-        with _memory_of_all(self.acts.ranks), torch.enable_grad(), differentiable(module):
-            for microbatch in self._own(numbers):
-                lost = self._of(microbatch, epoch)
-                if not lost.requires_grad:
-                    raise ModelError(
-                        f"{name} cannot be tuned: its output does not depend on its weights by a gradient. "
-                        "Set --tuning-epochs to 0"
-                    )
-                with backward_explained(name):
-                    (lost * scale).backward()
-
-
-def _steps(microbatches: Sequence[int], sizes: Sequence[int], generator: torch.Generator) -> list[list[int]]:
-    """The microbatches of each step of an epoch, in random order; a step has at least ``STEP`` sequences.
-
-    The list is split into ``STEP`` contiguous parts, and a step has one of each, if all have one sequence: so two or
-    four ranks, which have contiguous parts of it too, share each step evenly.
-    """
-    count = len(microbatches)
+    count = len(sequences)
     bounds = [part * count // STEP for part in range(STEP + 1)]
     parts = [(start + torch.randperm(stop - start, generator=generator)).tolist() for start, stop in pairwise(bounds)]
-    steps: list[list[int]] = [[]]
-    for place in (place for places in zip_longest(*parts) for place in places if place is not None):
-        if sum(sizes[number] for number in steps[-1]) >= STEP:
-            steps.append([])
-        steps[-1].append(microbatches[place])
-    return steps
+    order = [sequences[place] for places in zip_longest(*parts) for place in places if place is not None]
+    return [order[first : first + STEP] for first in range(0, count, STEP)]
+
+
+def _backward(errors: Iterable[Tensor], block: Block) -> None:
+    """Add the gradients of ``errors``, which are computed one by one, to those of the masters."""
+    with torch.enable_grad(), differentiable(block.module):
+        for error in errors:
+            if not error.requires_grad:
+                raise ModelError(
+                    f"{block.name} cannot be tuned: its output does not depend on its weights by a gradient. "
+                    "Set --tuning-epochs to 0"
+                )
+            with backward_explained(block.name):
+                error.backward()
 
 
 def _all_reduce_gradients(masters: Mapping[str, Tensor], count: int, ranks: Ranks) -> None:
-    """The mean gradient of a step's ``count`` microbatches, on every rank."""
+    """The mean gradient of a step's ``count`` sequences, on every rank."""
     if ranks.size > 1:
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in masters.values()]
         flat = ranks.all_reduce_(torch.cat([gradient.flatten() for gradient in gradients]))
         for master, part in zip(masters.values(), flat.split([each.numel() for each in gradients]), strict=True):
             master.grad = part.view_as(master).to(master.dtype)
-    for master in masters.values() if count > 1 else ():
+    for master in masters.values():
         if master.grad is not None:
             master.grad.div_(count)
-
-
-@contextmanager
-def _memory_of_all(ranks: Ranks) -> Iterator[None]:
-    """Memory that runs out inside, on one rank, is an error on every rank: no rank waits for another."""
-    lost: torch.OutOfMemoryError | None = None
-    try:
-        with one_memory_error():
-            yield
-    except torch.OutOfMemoryError as error:
-        lost = error
-    if any(ranks.gather(lost is not None)):
-        raise lost or torch.OutOfMemoryError("another rank is out of memory")
 
 
 @torch.no_grad()

@@ -28,7 +28,6 @@ from optima.core import (
     solve_rows,
 )
 from optima.core.rounding import round_rows
-from optima.core.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.patterns import Unstructured
 from optima.selectors.base import LinearTask
@@ -86,7 +85,7 @@ def test_a_linear_as_on_a_cpu() -> None:
     matrix_DD, (weight_OD, _) = make_matrix(128, 256, seed=3), make_rows(64, 128, seed=4)
     methods, records = Methods(Wanda(), solver=Auto()), []
     for device in (CUDA, torch.device("cpu")):
-        task = LinearTask("linear", weight_OD.to(device), Statistics(Hessian(matrix_DD.to(device))))
+        task = LinearTask("linear", weight_OD.to(device), Hessian(matrix_DD.to(device)))
         result = prune_linear(task, Unstructured(0.5, "row"), methods, torch.bfloat16)
         assert result.weight_OD.device.type == result.keep_OD.device.type == device.type
         assert not result.weight_OD[~result.keep_OD].any()

@@ -21,19 +21,16 @@ from tiny import (
     VOCAB,
     WEIGHTS,
     Refused,
-    make_bert,
     make_llama,
     make_tokenizer,
     make_tokens,
     prune_arguments,
     save_model,
-    save_text,
 )
 
-from optima import Callback, Recipe, load_report, prune
+from optima import Recipe, load_report, prune
 from optima.cli import main
-from optima.errors import ModelError, OptimaError
-from optima.reporting.record import BlockDone
+from optima.errors import OptimaError
 
 MODEL = Path("model")
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -141,12 +138,10 @@ def test_code_of_others_runs_only_if_trusted(cheap: Refused) -> None:
         ("--targets a:smile:b", "no linear matches targets ['a:smile:b']"),
         ("--targets q_proj kproj", "targets has 'kproj', which matches no linear"),
         ("--recipe missing.yaml", "recipe missing.yaml cannot be read"),
-        ("--recipe run.yaml", "recipe run.yaml: unknown key 'sparsty': did you mean sparsity?"),
+        ("--recipe run.yaml", "recipe run.yaml: unknown key 'sparsty': known keys are sparsity"),
         ("--seed 1.5", "seed: Input should be a valid integer"),
         ("--seed", "argument --seed: expected one argument\nsee optima prune --help"),
-        ("--sparsty 1", "unknown argument --sparsty (did you mean --sparsity?)\nsee optima prune --help"),
-        ("--max_seq_length=8", "unknown argument --max_seq_length (did you mean --max-seq-length?)\nsee optima"),
-        ("--reci x", "unknown argument --reci (did you mean --recipe?)\nsee optima prune --help"),
+        ("--sparsty 1", "unknown argument --sparsty 1\nsee optima prune --help"),
     ],
 )
 def test_options(cheap: Refused, options: str, message: str) -> None:
@@ -214,16 +209,6 @@ def test_a_shard_is_missing(late: Refused) -> None:
     assert late(model="sharded").startswith("the weights of sharded cannot be read")
 
 
-def test_bad_embedding_names_the_linear_that_reads_it(late: Refused) -> None:
-    tokenizer = make_tokenizer()
-    (bad,) = tokenizer("~", add_special_tokens=False)["input_ids"]
-    # Windows of a BOS and 15 tokens; 35 is in the third, in the second batch of two.
-    save_text(Path("text.txt"), "Q" * 35 + "~" + "Q" * 100)
-    edit_weights(lambda tensors: tensors["model.embed_tokens.weight"][bad].fill_(torch.nan))
-    message = late("--num-calibration-samples", "5")
-    assert "the inputs of model.layers.0.self_attn.q_proj contain NaN or Inf" in message
-
-
 def test_weights_without_a_place_are_noted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     bias = "model.layers.0.self_attn.q_proj.bias"
     edit_weights(lambda tensors: tensors.update({"extra": torch.zeros(3), bias: torch.ones(32)}))
@@ -234,46 +219,22 @@ def test_weights_without_a_place_are_noted(root: Path, caplog: pytest.LogCapture
     assert [note for note in notes if note.startswith("ignore ")] == [r"ignore 'layer\\.1' matches no linear"]
 
 
-def test_encoder_without_its_pooler_is_complete(root: Path) -> None:
-    save_model(root / "bert", make_bert(), "bert")
-    tensors = {name: t for name, t in make_bert().state_dict().items() if "pooler" not in name}
-    save_file(tensors, root / "bert" / WEIGHTS, metadata={"format": "pt"})
-    assert main(prune_arguments(model="bert")) == 0
-
-
 @pytest.mark.parametrize(
     ("message", "options"),
     [
-        ("tokenizer must be one of transformers, got int", {"tokenizer": 5}),
-        ("output_dir must be a path, got int", {"output_dir": 5}),
         ("output_dir is missing", {"model": "model"}),
         ("resume needs the output_dir", {"resume": True}),
         ("model must be a path, a hub id or a model of transformers, got Linear", {"model": torch.nn.Linear(2, 2)}),
         ("recipe must be a Recipe, got dict", {"recipe": {"sparsity": 0.5}}),
         ("calibration must be token ids", {"calibration": make_tokens() > 100}),
         ("calibration must be token ids", {"calibration": torch.zeros(8, dtype=torch.int64)}),
-        ("whole numbers", {"calibration": [make_tokens() > 100]}),
         (f"run from 0 to {VOCAB}, but .* has a vocabulary of {VOCAB}", {"calibration": torch.tensor([[0, VOCAB]])}),
         ("run from -1 to 0", {"calibration": torch.tensor([[0, -1]])}),
         ("needs its tokenizer", {"calibration": None}),
-        ("documents must be texts, got int", {"calibration": [1, 2], "tokenizer": make_tokenizer()}),
+        ("documents must be texts, got Tensor", {"calibration": [make_tokens()], "tokenizer": make_tokenizer()}),
     ],
 )
 def test_arguments_in_python(root: Path, message: str, options: dict[str, object]) -> None:
     defaults = {"model": make_llama(), "recipe": Recipe(max_seq_length=8), "calibration": make_tokens()}
     with pytest.raises(OptimaError, match=message):
         prune(**defaults | options)  # type: ignore[arg-type]
-
-
-def test_a_shard_that_went_away_while_the_run_went_on(root: Path) -> None:
-    class Cleaner(Callback):
-        def on_block(self, done: BlockDone) -> None:
-            for shard in Path(".out.optima-partial/model").glob("*.safetensors"):
-                shard.unlink()
-
-    recipe = Recipe(selector="wanda", solver="none", objective="plain", num_calibration_samples=4, max_seq_length=16)
-    with pytest.raises(ModelError, match="No such file"):
-        prune("model", recipe.replace(dataset=["text.txt"]), output_dir="out", callbacks=[Cleaner()])
-    assert not Path("out").exists()
-    prune("model", recipe.replace(dataset=["text.txt"]), output_dir="out", resume=True)
-    assert load_report("out").sparsity == pytest.approx(0.5, abs=1e-3)

@@ -141,21 +141,6 @@ def test_accuracy_resumes_from_its_output_and_from_others(tmp_path: Path) -> Non
         assert errors["wanda", pattern] > errors["wanda+solve", pattern] > errors["optima+solve", pattern]
 
 
-@pytest.mark.slow
-def test_accuracy_of_tasks_and_generated_text(tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval.models.huggingface", reason="needs the bench extra", exc_type=ImportError)
-    task, output = tmp_path / "piqa.jsonl", tmp_path / "accuracy.json"
-    item = {"goal": "Pack the box.", "sol1": "with jugs", "sol2": "with the lazy dog"}
-    task.write_text("".join(json.dumps(item | {"label": i % 2}) + "\n" for i in range(4)))
-    options = f"--methods magnitude --tasks piqa={task} --task-limit 2 --own-samples 3 --output {output}"
-    assert "| piqa: acc / acc_norm, % | 0.5 | 2:4 |" in run("accuracy.py", f"{ACCURACY} {options}")
-    dense, *pruned = json.loads(output.read_text())
-    assert all(result["settings"]["calibration"] == [11, 16] for result in pruned)
-    for result in (dense, *pruned):
-        assert result["tasks"]["piqa"]["items"] == 2
-        assert result["tasks"]["piqa"]["acc"] == 0.5  # the same two choices, each the right one once
-
-
 def test_seeds(tmp_path: Path) -> None:
     """Means and spreads over seeds, and ratios to the baseline with the same seeds; settings are not mixed."""
 

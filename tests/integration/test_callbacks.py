@@ -1,4 +1,4 @@
-"""Callbacks, experiment trackers and exit codes of a run."""
+"""Callbacks and exit codes of a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Refused, make_llama, make_tokenizer, make_tokens, prune_arguments
+from tiny import make_llama, make_tokenizer, make_tokens, prune_arguments
 
 from optima import BlockEvent, Callback, Recipe, Report, RunStart, load_report, prune
 from optima.cli import main
-from optima.reporting.record import LinearRecord
 
 RECIPE = Recipe(selector="wanda", objective="sink", max_seq_length=16, num_calibration_samples=5)
 EXIT_CODES = Path(__file__).parents[2] / "docs" / "reference" / "exit-codes.md"
@@ -37,9 +36,6 @@ class Diary(Callback):
     def on_progress(self, fraction: float, elapsed: float, left: float) -> None:
         assert elapsed > 0 <= left
         self.calls.append(("progress", fraction))
-
-    def on_linear(self, linear: LinearRecord) -> None:
-        self.calls.append(("linear", linear))
 
     def on_block(self, block: BlockEvent) -> None:
         self.calls.append(("block", block))
@@ -62,8 +58,8 @@ class TestCallbacks:
         diary = Diary()
         report = prune(make_llama(), RECIPE, calibration=make_tokens(), callbacks=[diary])
         kinds = [kind for kind, _ in diary.calls]
-        assert kinds == ["start", "note", "stage", *["linear"] * 7, "block", *["linear"] * 7, "block", "end", "close"]
-        assert tuple(diary.of("linear")) == report.linears
+        assert kinds == ["start", "note", "stage", "block", "block", "end", "close"]
+        assert tuple(linear for block in diary.of("block") for linear in block.linears) == report.linears
         assert tuple(block.record for block in diary.of("block")) == report.blocks
         assert [(block.done, block.total, block.left > 0) for block in diary.of("block")] == [
             (1, 2, True),
@@ -116,10 +112,9 @@ class TestCallbacks:
         with pytest.raises(KeyboardInterrupt):
             prune("model", recipe, output_dir="out", callbacks=[Stop()])
         diary = Diary()
-        report = prune("model", recipe, output_dir="out", callbacks=[diary], resume=True)
+        prune("model", recipe, output_dir="out", callbacks=[diary], resume=True)
         assert [block.resumed for block in diary.of("block")] == [True, False]
         assert [math.isnan(block.left) for block in diary.of("block")] == [True, False], "nothing is known from replays"
-        assert tuple(diary.of("linear")) == report.linears[7:]
 
     def test_the_output_has_its_name_at_the_end(self, root: Path) -> None:
         class Upload(Callback):
@@ -147,21 +142,6 @@ class TestNotebook:
         lines = [line.split("  ")[0] for line in screen.getvalue().splitlines()]
         assert lines[0] == "reading the calibration text"
         assert lines[-2:] == ["pruning: block 1/2", "pruning: block 2/2"]
-
-
-class TestTrackers:
-    def test_tensorboard_can_read_what_is_written(self, root: Path) -> None:
-        reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-        assert main(prune_arguments("--report-to", "tensorboard")) == 0
-        found = reading.EventAccumulator(str(Path("runs") / "optima")).Reload()
-        errors = [event.value for event in found.Scalars("error/mlp.up_proj")]
-        own = [one.error for one in load_report("out").linears if one.name.endswith("up_proj")]
-        assert errors == pytest.approx(own, rel=1e-6)
-        assert found.Scalars("run/sparsity")[0].value == pytest.approx(0.5, abs=0.01)
-
-    def test_an_unknown_or_missing_tracker_is_refused_first(self, late: Refused) -> None:
-        assert "nothing" in late("--report-to", "nothing")
-        assert "not installed" in late("--report-to", "wandb")
 
 
 class TestExitCodes:

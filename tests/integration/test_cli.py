@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +19,6 @@ import optima
 from optima import Recipe, load_recipe, load_report
 from optima.cli import main
 from optima.recipe import GROUPS
-from optima.stopping import Interrupted
 
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "3"]
 WANDA = ["--selector", "wanda", "--objective", "sink"]  # every row loses the same number
@@ -117,12 +114,6 @@ class TestPrune:
         prune("--recipe", "out/recipe.yaml", "--dataset", "text.jsonl", "--seed", "6", out="other")
         assert load_report(Path("other")).run.data_hash != first.run.data_hash
 
-    def test_python_gives_the_same_bits(self) -> None:
-        prune("--selector", "wanda")
-        recipe = load_recipe("out/recipe.yaml")
-        optima.prune("model", recipe, output_dir="python")
-        assert weight_files(Path("python")) == weight_files(Path("out"))
-
     @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
     def test_dtype_is_the_sources_unless_asked_otherwise(self, root: Path, dtype: str) -> None:
         save_model(root / "half", make_llama().to(torch.bfloat16))
@@ -216,38 +207,6 @@ class TestReport:
             assert main(["report", path]) == 0
             assert capsys.readouterr().out.strip() == written.strip()
 
-    def test_a_page_of_one_or_of_several(self, capsys: pytest.CaptureFixture[str]) -> None:
-        prune()
-        assert main(["report", "out", "--html", "one.html"]) == 0
-        assert capsys.readouterr().out.endswith("page: one.html\n")
-        assert Path("one.html").read_bytes() == Path("out/report.html").read_bytes()
-        shutil.copytree("out", "other")
-        assert main(["report", "out", "other/report.json", "--html", "both.html"]) == 0
-        assert "<title>out · other/report.json" in Path("both.html").read_text()
-        assert main(["report", "out", "out", "other", "--html", "once.html"]) == 0
-        assert "<title>out · other " in Path("once.html").read_text()
-
-    def test_a_page_that_cannot_be_written(self, capsys: pytest.CaptureFixture[str]) -> None:
-        prune()
-        written = Path("out/report.html").read_bytes()
-        for arguments, message in (
-            (["out", "--html", "out/report.html"], "out/report.html exists and is not replaced"),
-            (["out", "--html", "no/such/page.html"], "writing no/such/page.html failed"),
-            (["out", "out/report.json"], "name its file by --html FILE"),
-        ):
-            capsys.readouterr()
-            assert main(["report", *arguments]) == 2
-            assert message in " ".join(capsys.readouterr().err.split())
-        assert Path("out/report.html").read_bytes() == written
-
-    def test_a_reader_that_leaves_is_no_error(self) -> None:
-        prune()
-        command = f"{sys.executable} -m optima report out | head -1; exit ${{PIPESTATUS[0]}}"
-        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-        assert result.stdout == "# Pruning report: `model`\n"
-        assert result.stderr == ""
-        assert result.returncode in (0, 141), "0 where the pipe held it all"
-
 
 class TestDemo:
     def test_a_model_that_is_not_installed(
@@ -259,15 +218,6 @@ class TestDemo:
 
 
 class TestHelp:
-    def test_module(self) -> None:
-        result = subprocess.run([sys.executable, "-m", "optima", "--help"], capture_output=True, text=True, check=True)
-        assert result.stdout.startswith("usage: optima")
-        assert all(
-            command in result.stdout
-            for command in ("prune", "plan", "permute", "eval", "report", "compress", "restore", "demo")
-        )
-        assert result.stderr == ""
-
     def help(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         with pytest.raises(SystemExit) as stopped:
             main([*arguments, "--help"])
@@ -284,15 +234,10 @@ class TestHelp:
         assert len(text.splitlines()) <= 70
         assert not re.search(r"--\w+_", text), "one spelling, with hyphens"
         for name, field in Recipe.model_fields.items():
-            (line,) = (line for line in text.splitlines() if re.match(rf"  --{name.replace('_', '-')} ", line))
-            assert str(field.description) in line
+            assert any(line for line in text.splitlines() if re.match(rf"  --{name.replace('_', '-')} ", line))
+            assert str(field.description) in " ".join(text.split())
         for group, about in GROUPS.items():
             assert f"\n{group} ({about}):\n" in text
-
-    def test_without_a_standard_output(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A daemon has none."""
-        monkeypatch.setattr(sys, "stdout", None)
-        prune()
 
     @pytest.mark.parametrize(
         "code",
@@ -315,17 +260,3 @@ class TestHelp:
             assert getattr(optima, name) is not None
         with pytest.raises(AttributeError, match="has no attribute 'Prune'"):
             optima.Prune  # noqa: B018
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
-) -> None:
-    error = Interrupted(number)
-
-    def interrupted(*args: object, **options: object) -> None:
-        raise error
-
-    monkeypatch.setattr(optima, "prune", interrupted, raising=False)
-    assert main(["prune", "model", "--output-dir", "out"]) == 128 + number
-    assert capsys.readouterr().err == f"optima: {error}\n"

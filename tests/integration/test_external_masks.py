@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from optima import Recipe, prune
 from optima.cli import main
 from optima.errors import RecipeError
 from optima.extras.mask_preserving import preserve_masks
-from optima.selectors.external import External
 
 UP = "model.layers.0.mlp.up_proj"
 EXTERNAL = ["--selector", "external", "--mask-from"]
@@ -131,22 +129,6 @@ def test_masks_named_after_single_experts(root: Path) -> None:
         prune(build(family), recipe, calibration=make_ids())
 
 
-def test_other_files_in_a_checkpoint_are_no_masks(root: Path) -> None:
-    first = pruned("--selector", "magnitude", "--sparsity", "0.6", "--solver", "none")
-    Path("out").rename("theirs")
-    save_file({name: torch.ones_like(weight) for name, weight in first.items()}, "theirs/old.safetensors")
-    second = pruned(*EXTERNAL, "theirs")
-    assert all(torch.equal(weight != 0, second[name] != 0) for name, weight in first.items() if "_proj" in name)
-
-
-def test_masks_for_a_part_of_the_model(root: Path) -> None:
-    masks = {name: mask for name, mask in make_masks((3, 8)).items() if "mlp" in name}
-    weights = pruned(*EXTERNAL, saved(masks), "--targets", "mlp")
-    for name, mask in masks.items():
-        assert torch.equal(weights[f"{name}.weight"] != 0, mask)
-    assert (weights["model.layers.0.self_attn.q_proj.weight"] != 0).all()
-
-
 Masks = dict[str, Tensor]
 FIRST = "model.layers.0.self_attn.q_proj"
 
@@ -197,15 +179,3 @@ def test_no_masks_there(cheap: Refused, root: Path, path: str) -> None:
 def test_a_dense_checkpoint_has_no_masks(late: Refused, root: Path) -> None:
     save_model(Path("dense"))
     assert "prunes nothing" in late(*EXTERNAL, "dense")
-
-
-def test_masks_of_an_object_are_taken_as_they_are() -> None:
-    class Own:
-        def keep_OD(self, linear: Any) -> Tensor:
-            return torch.rand(linear.shape, generator=torch.Generator().manual_seed(1)) > 0.3
-
-    model = make_llama()
-    report = prune(model, Recipe(selector=External(Own())), calibration=make_tokens())
-    assert report.sparsity == pytest.approx(0.3, abs=0.02)
-    up = model.model.layers[0].mlp.up_proj
-    assert torch.equal(up.weight != 0, torch.rand(up.weight.shape, generator=torch.Generator().manual_seed(1)) > 0.3)

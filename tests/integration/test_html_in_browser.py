@@ -33,14 +33,14 @@ def browser() -> Iterator[api.Browser]:
 
 @pytest.fixture
 def show(browser: api.Browser, tmp_path: Path) -> Iterator[Open]:
-    """Open the page of one or several reports; whatever the console or the network says in the end is a failure."""
+    """Open the page of a report; whatever the console or the network says in the end is a failure."""
     said: list[str] = []
     with browser.new_context(viewport={"width": 1100, "height": 800}, color_scheme="light") as context:
         context.set_default_timeout(PATIENCE)
 
-        def open_page(*reports: Report) -> api.Page:
+        def open_page(report: Report) -> api.Page:
             file = tmp_path / "report.html"
-            file.write_text(render_html({f"run {i}": report for i, report in enumerate(reports)}), encoding="utf-8")
+            file.write_text(render_html(report), encoding="utf-8")
             page = context.new_page()
             page.on("console", lambda message: said.append(message.text))
             page.on("pageerror", lambda error: said.append(str(error)))
@@ -89,5 +89,5 @@ def test_a_reader_finds_a_linear_and_no_script_of_a_record_runs(show: Open) -> N
     assert sorted(column(page, "layer")) == ["mlp.down_proj", "mlp.up_proj"]
     page.get_by_label("sparsity", exact=True).check()
     api.expect(cell(page, "q_proj", 0)).to_have_attribute("aria-label", "block 0, q_proj: sparsity 50%")
-    assert page.title() == "run 0 – pruning report"
+    assert page.title() == "tiny/model – pruning report"
     assert page.locator("img").count() == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, fisher_of, make_ids
+from families import FAMILIES, build, make_ids
 from tiny import load_weights, make_llama, make_tokens, prune_arguments, save_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import optima
 from optima import Permutation, Recipe
 from optima.cli import main
-from optima.core.hessian import Hessian
 from optima.errors import ModelError, NumericalError
 from optima.models.blocks import find_stacks
 from optima.models.inputs import arguments
 
 # What stays as it is, by family: no channels of these kinds are known, or the model would compute something else.
-HEADS_STAY = {"deepseek_v3", "gemma4_moe", "qwen3_next", "gemma3n", "gemma4", "glm_moe_dsa", "deepseek_v4"}
+HEADS_STAY = {"gpt_neox", "bloom", "falcon", "deepseek_v3", "deepseek_v4", "qwen3_next", "glm_moe_dsa"}
+HEADS_STAY |= {"gemma3n", "gemma4", "gemma4_moe"}
 # Each has something that no other has; the rest are marked slow.
-TELLING = {"llama", "phi3", "gpt2", "gpt_neox", "mixtral", "gpt_oss", "deepseek_v3", "gemma3n", "t5"}
-NOTHING_MOVES = {"mamba", "xlnet"}
+TELLING = {"llama", "phi3", "gpt2", "gpt_neox", "mixtral", "deepseek_v3", "gemma3n", "t5"}
+NOT_THE_SAME = {"mamba", "xlnet", "gpt_oss"}
 
 
 def outputs(model: nn.Module) -> Tensor:
@@ -54,7 +54,7 @@ def permute(model: PreTrainedModel, **options: Any) -> Permutation:
     [
         pytest.param(family, marks=() if family in TELLING else pytest.mark.slow)
         for family in FAMILIES
-        if family not in NOTHING_MOVES
+        if family not in NOT_THE_SAME
     ],
 )
 def test_a_permuted_model_is_the_same_function_and_loses_less(family: str) -> None:
@@ -68,14 +68,17 @@ def test_a_permuted_model_is_the_same_function_and_loses_less(family: str) -> No
     assert min(*found.permuted.values(), *found.rotated.values()) < 1.0
 
 
-def test_a_wrong_layout_is_found_where_its_weights_matter_little() -> None:
+def test_an_mlp_of_another_layout_stays_even_where_its_weights_matter_little() -> None:
+    """The gates of GPT-OSS alternate with the other outputs."""
     model = made_uneven(build("gpt_oss"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "experts.down_proj" in name and parameter.ndim > 1:
                 parameter.mul_(0.002)
     before = outputs(model)
-    assert permute(model).permuted
+    found = permute(model)
+    assert found.rotated
+    assert not found.permuted
     torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
 
 
@@ -126,18 +129,6 @@ def test_channels_stay_if_the_block_shares_their_weights_with_another() -> None:
         torch.testing.assert_close(model(tokens).logits, before, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_sums_in_another_order_are_no_other_function() -> None:
-    """Sharp attention in many blocks makes much of how float32 rounds."""
-    model = make_llama(num_hidden_layers=24)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.3 / parameter.std() if parameter.ndim == 2 else 1.0)
-    found = optima.permute(model, Recipe(pattern=["2:4"]), calibration=make_tokens(), progress=False)
-    assert found.permuted
-    assert found.rotated
-
-
 def test_what_cannot_be_permuted_is_refused(cheap: Any, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = prune_arguments()[4:]
     assert "add --pattern 2:4" in cheap(arguments=["permute", "model", "--output-dir", "out", *arguments])
@@ -159,37 +150,3 @@ def test_a_model_that_is_pruned_or_damaged_is_refused_and_stays_as_it_is() -> No
             permute(model)
         after = model.state_dict()
         assert all(torch.equal(after[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in before.items())
-
-
-@pytest.mark.parametrize("objective", ["loss", "plain"])
-def test_saliencies_are_in_units_of_the_loss_and_of_their_inputs(
-    monkeypatch: pytest.MonkeyPatch, objective: str
-) -> None:
-    """w^2 times the weight of the row times H_ii^(1/4) K_ii^(-3/4): half the logarithm of both saliencies."""
-    seen: list[Tensor] = []
-    inputs: list[Tensor] = []
-
-    def stay(saliency_RC: Tensor, *args: Any) -> Tensor:
-        seen.append(saliency_RC.clone())
-        return torch.arange(saliency_RC.shape[1])
-
-    monkeypatch.setattr("optima.extras.permute.best_order", stay)
-    model, tokens_NL = make_llama(), make_tokens(8, 16)
-    down = model.model.layers[0].mlp.down_proj
-    weight_OD = down.weight.detach().clone()
-    handle = down.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().flatten(0, 1).double()))
-    with torch.no_grad():
-        model(tokens_NL)
-    handle.remove()
-    recipe = Recipe(pattern=["mlp=2:4", "0.5"], objective=objective, seed=3, batch_size=4)
-    optima.permute(model, recipe, calibration=tokens_NL, progress=False)
-    unit_OD = seen[0] / weight_OD.square()
-    if objective == "loss":
-        row_O = fisher_of(make_llama(), 4)[0].rows.get("model.layers.0.mlp.down_proj")
-        assert row_O is not None
-        torch.testing.assert_close(unit_OD[:, 0] / unit_OD[0, 0], row_O / row_O[0], rtol=1e-2, atol=0.0)
-    else:
-        (inputs_TD,) = inputs
-        damped_DD = Hessian(inputs_TD.mT @ inputs_TD / len(inputs_TD), recipe.damping).damped_DD
-        unit_D = damped_DD.diagonal() ** 0.25 / torch.linalg.inv(damped_DD).diagonal() ** 0.75
-        torch.testing.assert_close(unit_OD, unit_D.float().expand_as(unit_OD), rtol=1e-2, atol=0.0)

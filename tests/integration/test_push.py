@@ -1,4 +1,4 @@
-"""optima push and prune --push-to-hub: what is uploaded, and what is refused before the run."""
+"""optima push: what is uploaded, and what is refused."""
 
 from __future__ import annotations
 
@@ -44,28 +44,43 @@ def hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
     return Hub
 
 
-def test_a_run_publishes_what_it_made_and_so_does_push(hub: type[Hub]) -> None:
-    assert main(prune_arguments("--selector", "magnitude", "--push-to-hub", "team/sparse", "--private")) == 0
-    assert main(["push", "out", "team/again", "--message", "the first"]) == 0
-    first, again = hub.uploads
-    assert (first["repo_id"], again["repo_id"], again["commit_message"]) == ("team/sparse", "team/again", "the first")
-    assert first["folder_path"] == again["folder_path"] == Path("out")
-    assert "layers/*" in first["ignore_patterns"], "statistics stay here"
-    assert "*.safetensors" in first["delete_patterns"], "weights of an earlier upload are gone"
-    assert main(["push", "out", "team/refused"]) == 2
+@pytest.fixture
+def out(hub: type[Hub]) -> Path:
+    assert main(prune_arguments("--selector", "magnitude")) == 0
+    return Path("out")
+
+
+def test_the_output_is_uploaded(hub: type[Hub], out: Path) -> None:
+    assert main(["push", "out", "team/sparse", "--private", "--message", "the first"]) == 0
+    (upload,) = hub.uploads
+    assert (upload["repo_id"], upload["commit_message"], upload["folder_path"]) == ("team/sparse", "the first", out)
+    assert "*.safetensors" in upload["delete_patterns"], "weights of an earlier upload are gone"
+
+
+def test_a_run_publishes_or_is_refused_before_it_begins(hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--selector", "magnitude", "--push-to-hub"
+    assert main(prune_arguments(*options, "team/dense")) == 2
+    assert "team/dense" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert main(prune_arguments(*options, "team/sparse")) == 0
+    assert [upload["repo_id"] for upload in hub.uploads] == ["team/sparse"]
 
 
 @pytest.mark.parametrize(
     ("repo", "options", "message"),
-    [("a/b/c", [], "a/b/c"), ("team/dense", [], "did not write"), ("team/public", ["--private"], "is public")],
+    [
+        ("a/b/c", [], "a/b/c"),
+        ("team/dense", [], "did not write"),
+        ("team/public", ["--private"], "is public"),
+        ("team/refused", [], "Invalid metadata"),
+    ],
 )
-def test_what_cannot_be_pushed_is_refused_before_the_run(
-    hub: type[Hub], cheap: Refused, repo: str, options: list[str], message: str
+def test_what_cannot_be_pushed(
+    hub: type[Hub], out: Path, cheap: Refused, repo: str, options: list[str], message: str
 ) -> None:
-    assert message in cheap("--push-to-hub", repo, *options)
-    assert not Path("out").exists()
+    assert message in cheap(arguments=["push", "out", repo, *options])
+    assert not hub.uploads
 
 
 def test_what_is_no_output(hub: type[Hub], cheap: Refused) -> None:
     assert "has no report.json" in cheap(arguments=["push", "model", "x"])
-    assert "--private is for --push-to-hub" in cheap("--private")

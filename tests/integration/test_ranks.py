@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import transformers as hf
 from families import FAMILIES
 from ranks import finish_ranks, free_port, in_processes, prune_ranks, said, start_ranks
 from runs import finish, start
-from tiny import VOCAB, load_weights, make_llama, make_tokenizer, save_model, save_text
+from tiny import VOCAB, load_weights, make_llama, save_model, save_text
 
 import optima
 from optima.calibration import fisher, statistics
@@ -122,18 +121,6 @@ def test_the_same_sequences_have_gradients() -> None:
     assert [a.sparsity_asked for a in one] == pytest.approx([b.sparsity_asked for b in two], abs=1e-3)
 
 
-@SLOW
-def test_four_with_batches_that_begin_elsewhere() -> None:
-    save_model(Path("model"), make_llama(num_hidden_layers=BLOCKS))
-    size = ("--num-calibration-samples", "6", "--batch-size", "4")
-    assert finish(start("one", *size)) == 0
-    prune_ranks(4, "four", *size)
-    masks, _ = differing("one", "four")
-    assert masks <= 0.1  # one weight that goes the other way early on decides where ADMM ends, in matrices as small
-    one, four = optima.load_report("one"), optima.load_report("four")
-    assert four.error_geomean == pytest.approx(one.error_geomean, rel=0.1)
-
-
 @pytest.mark.parametrize(
     ("family", "block", "size"),
     [
@@ -191,20 +178,6 @@ def test_families(family: str, block: str, tuning: int, size: int) -> None:
         assert change <= 0.2 * all_of_it
 
 
-def test_an_encoder_on_disk_runs_again_in_each_process_as_often_as_it_has_batches() -> None:
-    families.build("t5").save_pretrained("t5")
-    recipe = optima.Recipe(objective="plain", selector="wanda", batch_size=1)
-
-    def work(ranks: Ranks) -> None:
-        optima.prune("t5", recipe, output_dir="two", tokenizer=make_tokenizer(), calibration=families.make_ids(5))
-
-    assert in_processes(2, work) == [0, 0]
-    optima.prune("t5", recipe, output_dir="one", tokenizer=make_tokenizer(), calibration=families.make_ids(5))
-    masks, _ = differing("one", "two")
-    assert masks <= 1e-3
-    same_but_for_time("one", "two")
-
-
 class TestErrors:
     def test_what_is_known_beforehand_is_said_once(self) -> None:
         Path("out").mkdir()
@@ -213,11 +186,6 @@ class TestErrors:
         first, second = said(2)
         assert "choose another --output-dir" in first
         assert not second
-
-    def test_more_processes_than_sequences(self) -> None:
-        assert finish_ranks(start_ranks(3, "out", "--num-calibration-samples", "2")) == [2, 2, 2]
-        assert "3 processes share 2 calibration sequences: start 2 at most" in said(3)[0]
-        assert not Path("out").exists()
 
     def test_of_one_ends_all(self) -> None:
         def prepare(rank: int) -> None:
@@ -274,9 +242,7 @@ class TestDead:
         masks, _ = differing("one", "out")
         assert masks <= 0.05
         notes = "; ".join(optima.load_report("out").run.notes)
-        assert f"from the first block on {size} processes shared the work" in notes
-        # The first process may have committed the block that the other did not live to see.
-        assert re.search(rf"after model.layers.[01] {'one process' if after == 1 else f'{after} processes'}", notes)
+        assert (f"number of processes: {size} before, {after} now" in notes) == (after != size)
         assert optima.load_report("out").run.processes == after
 
 

@@ -47,13 +47,11 @@ def test_plan_of_fused_experts(family: str, tmp_path: Path) -> None:
     assert any("experts" in name for name in planned)
 
 
-@pytest.mark.parametrize("form", ["tensor", "batches", "documents"])
+@pytest.mark.parametrize("form", ["tensor", "documents"])
 def test_the_recipe_says_how_much_text_was_read(tmp_path: Path, form: str) -> None:
     tokens_NL, recipe = make_tokens(20, 16), Recipe()
     given: Any = tokens_NL
-    if form == "batches":
-        given = list(tokens_NL.split(4))
-    elif form == "documents":
+    if form == "documents":
         given, recipe = [TEXT] * 20, Recipe(num_calibration_samples=5, max_seq_length=16)
     tokenizer = make_tokenizer()
     report = prune(make_llama(), recipe, output_dir=tmp_path / "out", tokenizer=tokenizer, calibration=given)

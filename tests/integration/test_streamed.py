@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 import optima
 import optima.plan
-from optima.errors import NumericalError
 from optima.models.load import find_source, skeleton
 from optima.models.offload import Streamed, open_weights
 
@@ -139,17 +138,6 @@ def test_what_the_model_has_no_place_for_is_noted(tmp_path: Path) -> None:
     assert any("mtp.fc.weight, mtp.layers.0.mlp.up_proj.weight" in note for note in weights.notes)
 
 
-def test_weights_that_a_class_may_lack_are_made_anew(tmp_path: Path) -> None:
-    """BART's final_logits_bias: the model is read whole then, and a note says why."""
-    build("bart").save_pretrained(tmp_path / "model")
-    weights = load_file(tmp_path / "model" / WEIGHTS)
-    del weights["final_logits_bias"]
-    save_file(weights, tmp_path / "model" / WEIGHTS, {"format": "pt"})
-    pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
-    notes = optima.load_report(tmp_path / "out").run.notes
-    assert any("final_logits_bias is not in the checkpoint" in note for note in notes)
-
-
 def test_what_a_checkpoint_lacks_its_output_lacks_too(tmp_path: Path) -> None:
     """A sentence encoder without the pooler of its class, which transformers fills with other numbers each time."""
     build("bert").save_pretrained(tmp_path / "model")
@@ -172,10 +160,3 @@ def test_memory_left_changes_where_activations_wait_and_nothing_else(
     assert pruned(tmp_path / "model", tmp_path / "kept", **EVERYTHING) == expected
     notes = optima.load_report(tmp_path / "kept").run.notes
     assert any(note.startswith("activations exceeded main memory") for note in notes)
-
-
-def test_a_weight_in_memory_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    model = make_llama()
-    model.model.norm.weight.data[3] = torch.nan
-    with pytest.raises(NumericalError, match=r"tensor model\.norm\.weight has NaN"):
-        optima.prune(model, optima.Recipe(), calibration=make_tokens())

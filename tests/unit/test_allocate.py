@@ -9,7 +9,6 @@ from layers import hessian_of, layer_of, make_layer
 
 from optima.allocate import DENSEST, SPARSEST, SPREAD, allocate, saliency, saliency_quantiles, with_mean, with_shares
 from optima.core import Hessian
-from optima.core.statistics import Statistics
 from optima.patterns import NM, Unstructured
 from optima.selectors.base import LinearTask
 
@@ -58,9 +57,9 @@ def test_linears_without_influence_and_dead_inputs() -> None:
 
 def test_rows_that_the_loss_weighs_more_keep_more() -> None:
     weight_OD, inputs_TD = make_layer(16, 32)
-    statistics = Statistics(hessian_of(inputs_TD))
+    hessian = hessian_of(inputs_TD)
     tasks = [
-        LinearTask(name, weight_OD, statistics, row_weight_O=torch.full((16,), weight))
+        LinearTask(name, weight_OD, hessian, row_weight_O=torch.full((16,), weight))
         for name, weight in {"more": 5.0, "less": 1.0}.items()
     ]
     found = shares_of(tasks, 0.5)

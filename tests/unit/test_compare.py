@@ -1,7 +1,6 @@
 """The paired comparison against independent computations, and the tables of an evaluation."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from optima.evaluation.record import (
     PerplexityRecord,
     TaskRecord,
 )  # fmt: skip
-from optima.evaluation.table import headline, render_evaluation
+from optima.evaluation.table import render_evaluation
 
 
 def answers(correct: str) -> TaskRecord:
@@ -70,10 +69,3 @@ def test_tables() -> None:
     assert "| piqa | acc    |     4 | 50.00% | 50.00% |" in text
     assert "do not compare" not in text
     assert "b reads other tokens than dense: do not compare" in render_evaluation(evaluation("x", "x", "y"))
-
-
-def test_headline_of_the_model_in_a_directory(tmp_path: Path) -> None:
-    ((label, value, detail),) = headline(evaluation("hash", "hash"), tmp_path / "moved" / "a")
-    assert label.startswith("perplexity, 2 x 16 tokens")
-    assert (value, detail) == ("20.00", "10.00 of dense")
-    assert headline(evaluation("hash", "hash"), tmp_path / "c") == []

@@ -97,22 +97,6 @@ def test_hub_ids(name: str, parsed: tuple[str, str | None, str | None]) -> None:
     assert parse_hub_id(name) == parsed
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "some/dataset:en"])
-def test_what_is_not_there(name: str) -> None:
-    """The hub cannot be reached here."""
-    with pytest.raises(CalibrationError, match=f"cannot read dataset '{name}'"):
-        load_documents([name])
-
-
-@pytest.mark.parametrize(
-    ("name", "content"), [("a.jsonl", b'{"text": "x"\nnot json\n'), ("b.jsonl", b""), ("a.csv", b"text\nx\n")]
-)
-def test_unreadable_file(name: str, content: bytes) -> None:
-    Path(name).write_bytes(content)
-    with pytest.raises(CalibrationError, match=f"cannot read dataset '{name}': "):
-        list(load_documents([name]))
-
-
 def test_records_without_text() -> None:
     write_jsonl("a.jsonl", [{"body": "one", "count": 1}])
     write_jsonl("b.jsonl", [{"text": None, "count": 1}])

@@ -48,8 +48,8 @@ def found_at(block: Block, acts: Activations, sink: float = 0.0, loss: FisherWei
 
 
 def matrix_DD(found: Found) -> Tensor:
-    assert found.statistics is not None
-    return found.statistics.hessian.matrix_DD.double()
+    assert found.hessian is not None
+    return found.hessian.matrix_DD.double()
 
 
 def same(one: dict[str, Found], other: dict[str, Found], rtol: float = 1e-4) -> None:
@@ -169,8 +169,8 @@ def test_hessians_of_experts_by_the_definition(family: str, sink: float) -> None
         inner = number if parameter == "down_proj" else None
         all_DD, count = mean_DD(every, inner), sum(len(rows) for _, rows in own[number])
         expected_DD = (count * mean_DD(own[number], inner) + len(all_DD) * all_DD) / (count + len(all_DD))
-        assert each.statistics is not None
-        assert each.statistics.tokens == count
+        assert each.hessian is not None
+        assert each.hessian.tokens == count
         torch.testing.assert_close(matrix_DD(each), expected_DD, rtol=1e-4, atol=1e-5 * float(expected_DD.max()))
 
 

@@ -69,9 +69,9 @@ def names(found: list[Found]) -> list[list[str]]:
 
 
 def hessian_DD(found: Found) -> Tensor:
-    assert found.statistics is not None
-    assert found.statistics.hessian.requested_damping == 0.01
-    return found.statistics.hessian.matrix_DD
+    assert found.hessian is not None
+    assert found.hessian.requested_damping == 0.01
+    return found.hessian.matrix_DD
 
 
 def captured_inputs(model: nn.Module, linears: tuple[Linear, ...], batches: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -105,8 +105,8 @@ def test_equals_the_definition(batch_size: int, weights: float | str) -> None:
     inputs = captured_inputs(model, blocks_of(model)[0].linears, batches)
     weight_T1 = weight_NL.double().reshape(-1, 1)
     for found in collected:
-        assert found.statistics is not None
-        assert found.statistics.tokens == 80
+        assert found.hessian is not None
+        assert found.hessian.tokens == 80
         for linear in found.linears:
             expected_DD = (weight_T1 * inputs[linear.name]).T @ inputs[linear.name] / weight_T1.sum()
             torch.testing.assert_close(hessian_DD(found), expected_DD, rtol=1e-4, atol=1e-6 * float(expected_DD.max()))

@@ -14,7 +14,6 @@ from layers import DAMPING, PATTERNS, hessian_of, layer_of, lowest, make_layer, 
 from torch import Tensor
 
 from optima.core import BatchedCholesky, Hessian, solve
-from optima.core.statistics import Statistics
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
@@ -218,7 +217,7 @@ def test_optima_in_float32_where_inputs_are_collinear(noise: float, damping: flo
     hessian = hessian_of(inputs_TD, damping)
     errors = []
     for dtype in (torch.float32, torch.float64):
-        task = LinearTask("linear", weight_OD.to(dtype), Statistics(hessian))
+        task = LinearTask("linear", weight_OD.to(dtype), hessian)
         keep_OD = Optima().select(task, Unstructured(0.5)).keep_OD
         errors.append(float(solve(hessian, weight_OD.double(), keep_OD, solver=BatchedCholesky()).error_R.sum()))
     # Iterations in float32 lose some of it where float64 is needed to see anything; a wrong spectrum loses all.

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from optima.calibration import lm_head
 from optima.errors import CalibrationError, ModelError, NumericalError
-from optima.evaluation.perplexity import PROBE_LENGTH, evaluation_windows, measure_windows, perplexity
+from optima.evaluation.perplexity import evaluation_windows, measure_windows, perplexity
 
 V = 61
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -40,10 +40,8 @@ CAUSAL: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma2-softcapping": lambda: hf.Gemma2ForCausalLM(
         hf.Gemma2Config(**ROPE, head_dim=8, sliding_window=4, final_logit_softcapping=0.5)
     ),
-    "granite-logits-scaling": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**ROPE, logits_scaling=0.2)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
     "opt-word-embed-proj": lambda: hf.OPTForCausalLM(hf.OPTConfig(**OPT, word_embed_proj_dim=8)),
-    "mixtral-experts": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**ROPE, num_local_experts=4)),
     "mamba-no-attention": lambda: hf.MambaForCausalLM(
         hf.MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4)
     ),
@@ -83,20 +81,18 @@ def plain_losses(model: PreTrainedModel, tokens_NL: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", list(CAUSAL))
-@pytest.mark.parametrize("positions", [3, 1000])
-def test_losses_equal_the_plain_definition(name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * positions)
+def test_losses_equal_the_plain_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * 3)
     model = build(CAUSAL[name])
     found = measure_windows(model, windows(), batch_size=2)
     torch.testing.assert_close(found.loss_N, plain_losses(model, windows()), rtol=1e-5, atol=0.0)
     assert perplexity(model, windows()) == pytest.approx(found.loss_N.mean().exp().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2-softcapping", "gpt2", "not-sliceable"])
-@pytest.mark.parametrize("positions", [3, 1000])
+@pytest.mark.parametrize("name", ["llama", "gemma2-softcapping", "not-sliceable"])
 @torch.no_grad()
-def test_divergence_equals_the_plain_definition(name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * positions)
+def test_divergence_equals_the_plain_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * 3)
     model = build(CAUSAL[name])
     reference = build(lambda: copy.deepcopy(model), seed=7) if name != "not-sliceable" else llama()
     found = measure_windows(model, windows(), reference, batch_size=2)
@@ -108,37 +104,13 @@ def test_divergence_equals_the_plain_definition(name: str, positions: int, monke
     torch.testing.assert_close(found.loss_N, plain_losses(model, windows()), rtol=1e-5, atol=0.0)
 
 
-def test_bfloat16_likelihoods_are_float32() -> None:
-    model = llama(torch.bfloat16)
-    expected = plain_losses(model, windows()).mean().exp().item()
-    assert perplexity(model, windows()) == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.parametrize(("scale", "expected"), [(0.0, V), (1e6, math.inf)])
-def test_uniform_and_overflowing_models(scale: float, expected: float) -> None:
-    model = llama()
-    model.get_output_embeddings().weight.data *= scale
-    assert perplexity(model, windows()) == pytest.approx(expected, rel=1e-6)
-
-
-def test_body_runs_once_a_batch_and_logits_stay_in_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * 6)
-    model = llama()
-    bodies, logits = [], []
-    model.model.layers[0].register_forward_hook(lambda module, args, output: bodies.append(args[0].shape[:2]))
-    model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output.shape[:2]))
-    perplexity(model, windows(), batch_size=2)
-    assert [shape for shape in bodies if shape[1] > PROBE_LENGTH] == [(2, 23), (2, 23), (1, 23)]
-    assert max(batch * positions for batch, positions in logits if batch > 1) <= 6
-
-
 def test_the_model_is_left_as_it_was() -> None:
     """Also after an error; dropout is off meanwhile."""
     model = build(lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, resid_pdrop=0.5)))
     expected = perplexity(model, windows())
     model.train().lm_head.eval()
     modes = [module.training for module in model.modules()]
-    assert perplexity(model, windows(), device="cpu") == expected
+    assert perplexity(model, windows()) == expected
     model.transformer.ln_f.weight.data.fill_(math.nan)
     with pytest.raises(NumericalError):
         perplexity(model, windows())

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import given, strategies as st
-from pydantic import ValidationError
 
 from optima import NM, Recipe, load_recipe
 from optima.cli import main
@@ -71,12 +70,6 @@ class TestYaml:
     def test_unquoted_pattern_says_to_quote_it(self, tmp_path: Path, text: str) -> None:
         assert "quote the pattern" in refused(tmp_path, f"pattern: {text}")
 
-    @pytest.mark.parametrize(("key", "close"), [("sparsty", "sparsity"), ("max-seq-length", "max_seq_length")])
-    def test_unknown_key_names_the_closest(self, tmp_path: Path, key: str, close: str) -> None:
-        message = refused(tmp_path, f"{key}: 1\nsparsity: 0.5")
-        assert key in message
-        assert f"did you mean {close}?" in message
-
     @pytest.mark.parametrize(
         "text",
         ["", "# only a comment", "- sparsity", "3", "3: x", "sparsity: [0.5", "sparsity: \0", "? [a]\n: 1",
@@ -84,11 +77,6 @@ class TestYaml:
     )  # fmt: skip
     def test_no_keys_and_values(self, tmp_path: Path, text: str) -> None:
         refused(tmp_path, text)
-
-    def test_no_text(self, tmp_path: Path) -> None:
-        (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(RecipeError, match="cannot be read"):
-            load_recipe(tmp_path / "binary.yaml")
 
     def test_changes_override_the_file(self, tmp_path: Path) -> None:
         assert read(tmp_path, "gap: 1e-3\nseed: 2", gap=1e-2) == Recipe(gap=1e-2, seed=2)
@@ -107,12 +95,13 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"pattern": ["0.5", "(=2:4"]}, "'(' is not a regular expression"),
     ({"pattern": ["0.5", "0.6"]}, "pattern has two entries for all linears"),
     ({"scope": "column"}, "'row', 'layer' or 'group'"),
-    ({"selector": "wonda"}, "unknown selector 'wonda' (did you mean wanda?)"),
+    ({"selector": "wonda"}, "unknown selector 'wonda': choose magnitude"),
     ({"selector": Wanda}, "selector must be a name"),
     ({"solver": "cg"}, "'cholesky'"),
     ({"dtype": "int8"}, "'bfloat16'"),
     ({"gap": 0}, "gap: "),
     ({"damping": 1.1}, "damping: "),
+    ({"tuning_epochs": 1, "objective": "plain"}, "tuning needs objective loss"),
     ({"allocation": "loss", "solver": "none"}, "allocation loss needs objective loss, not plain"),
     ({"allocation": "loss", "objective": "sink"}, "allocation loss needs objective loss, not sink"),
     ({"allocation": "loss", "pattern": "2:4"}, "allocation loss needs one unstructured sparsity"),
@@ -139,11 +128,6 @@ class TestValues:
         recipe = Recipe(targets="q_proj", ignore=("a", "b"), dataset=Path("a.txt"), pattern=NM(2, 4))
         assert (recipe.targets, recipe.ignore, recipe.dataset) == (["q_proj"], ["a", "b"], ["a.txt"])
         assert recipe.pattern == ["2:4"]
-
-    def test_is_frozen_and_shares_no_list(self) -> None:
-        with pytest.raises(ValidationError):
-            Recipe().sparsity = 0.6
-        assert Recipe().targets is not Recipe().targets
 
     def test_names_are_those_of_the_registries(self) -> None:
         assert (*SELECTORS, "external") == SELECTOR_NAMES
@@ -210,12 +194,6 @@ class TestPresets:
             load_recipe(name)
         assert load_recipe("balanced") == Recipe(sparsity=0.5)
 
-    @pytest.mark.parametrize("selector", ["wanda", "sparsegpt", "thanos"])
-    def test_the_papers_settings_with_and_without_optima(self, selector: str) -> None:
-        alone, ours = load_recipe(f"paper-{selector}"), load_recipe(f"paper-{selector}-optima")
-        assert alone.solver == "none"
-        assert ours.replace(solver="none", gap=alone.gap) == alone
-
 
 class TestCommand:
     def test_lists_and_shows_presets(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,9 +201,3 @@ class TestCommand:
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PRESETS)
         assert main(["recipe", "best"]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["tuning_epochs"] == 4
-
-    def test_checks_a_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        file = tmp_path / "mine.yaml"
-        file.write_text("sparsity: 0.6\npattern: '2:4'")
-        assert main(["recipe", str(file)]) == 2
-        assert "either sparsity or pattern" in capsys.readouterr().err

@@ -128,9 +128,6 @@ class TestSummary:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"sparsity": 1.0}, "every weight is pruned"),
-            ({"sparsity": 0.0}, "no weight is pruned"),
-            ({"sparsity": 0.1}, "not the requested one"),
             ({"tokens": 15}, "fewer than 4 calibration tokens"),
             ({"error_selector": 0.09}, "worse than the selector's"),
             ({"error": math.nan}, "not a finite number"),
@@ -176,8 +173,7 @@ def run_of(progress: Progress, blocks: int = 2) -> None:
         callbacks.stage("prune", blocks)
         for block in range(blocks):
             callbacks.step("hessian")
-            callbacks.linear(linear(block=block))
-            callbacks.block(f"block.{block}")
+            callbacks.block(f"block.{block}", linears=[linear(block=block)])
 
 
 def screen_of(width: int = 120) -> Console:
@@ -204,7 +200,7 @@ class TestProgress:
         callbacks.stage("prune", 6, done=2)
         for name in "ab":
             now += 1
-            callbacks.block(name, resumed=[linear()] if name == "a" else [])
+            callbacks.block(name, resumed=True)
         now = 112.0
         callbacks.block("c", replace(BLOCK, seconds={"tune": 4.0}))
         now = 122.0

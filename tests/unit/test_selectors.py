@@ -159,5 +159,3 @@ class TestOwnSelector:
     def test_refused(self, name: str, message: str) -> None:
         with pytest.raises(RecipeError, match=message):
             load_foreign(name)
-        with pytest.raises(RecipeError, match="unknown selector"):
-            make_selector(name)

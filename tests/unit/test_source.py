@@ -16,7 +16,7 @@ from tiny import WEIGHTS, save_model
 
 import optima
 from optima.errors import ModelError
-from optima.models.load import Source, dtype_as_read, find_source, load_config, load_model, load_tokenizer
+from optima.models.load import Source, dtype_as_read, find_source, load_model
 from optima.models.masks import MaskFiles
 from optima.models.offload import open_weights
 from optima.plan import skeleton
@@ -34,20 +34,6 @@ def edit(model: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-@pytest.mark.parametrize("values", [{"num_hidden_layers": "two"}, {"hidden_size": 0}, {"model_type": 5}], ids=str)
-def test_a_configuration_that_cannot_be(model: Path, values: dict[str, Any]) -> None:
-    edit(model, **values)
-    with pytest.raises(ModelError, match="model"):
-        load_model(find_source(str(model)))
-
-
-@pytest.mark.parametrize("content", [b"GGUF", b""])
-def test_a_gguf_file_that_cannot_be_read(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.gguf").write_bytes(content)
-    with pytest.raises(ModelError, match=r"a\.gguf"):
-        load_config(find_source(str(tmp_path / "a.gguf")))
-
-
 @pytest.mark.parametrize("name", ["../other/model.safetensors", ""])
 def test_an_index_that_is_none(model: Path, name: str) -> None:
     save_model(model.parent / "other")
@@ -55,12 +41,6 @@ def test_an_index_that_is_none(model: Path, name: str) -> None:
     (model / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": name}} if name else []))
     with pytest.raises(ModelError, match=r"the weights of .* cannot be read"):
         load_model(find_source(str(model)))
-
-
-def test_a_tokenizer_that_is_none(model: Path) -> None:
-    (model / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="tokenizer"):
-        load_tokenizer(find_source(str(model)))
 
 
 CODE = """
@@ -123,9 +103,6 @@ class TestRemoteCode:
         assert type(skeleton(find_source(str(model), True))).__name__ == "Mine"
         assert type(skeleton(find_source(str(model)))).__name__ == "LlamaForCausalLM"
 
-    def test_without_a_name_the_code_decides(self, trusted: Callable[..., Source]) -> None:
-        assert type(skeleton(trusted([], AutoModel="XModel"))).__name__ == "XModel"
-
 
 class TestHub:
     """The cache of the hub's client, filled by a download of ours."""
@@ -153,11 +130,6 @@ class TestHub:
         assert not [pattern for pattern in patterns if fnmatchcase(WEIGHTS, pattern)]
         for name in ("LICENSE.txt", "1_Pooling/config.json"):
             assert any(fnmatchcase(name, pattern) for pattern in patterns), name
-
-    def test_code_is_downloaded_if_it_is_trusted(self, asked: list[tuple[Any, ...]]) -> None:
-        find_source("a/b")
-        find_source("a/b", trust_remote_code=True)
-        assert ["*.py" in patterns for _, _, patterns in asked] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["~nosuchuser/model", "a" * 300, "a\0b"])

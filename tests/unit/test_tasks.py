@@ -57,31 +57,6 @@ def test_equals_the_definition_of_the_task(piqa: Path) -> None:
         assert found.metrics[metric].stderr == pytest.approx((share * (1 - share) / (len(ITEMS) - 1)) ** 0.5)
 
 
-def test_group_is_its_tasks_together(piqa: Path, tmp_path: Path) -> None:
-    from lm_eval.api.group import Group
-    from lm_eval.config.group import AggMetricConfig
-
-    arc = tmp_path / "arc_easy.jsonl"
-    choices = {"text": ["dog", "fox", "jugs"], "label": ["A", "B", "C"]}
-    arc.write_text(json.dumps({"id": "0", "question": LINES[0], "choices": choices, "answerKey": "B"}) + "\n")
-    model, tokenizer = make_llama(max_position_embeddings=128), make_tokenizer(**ENDS)
-    tasks = load_tasks({"piqa": piqa, "arc_easy": arc})
-    first, second = zero_shot(model, tokenizer, tasks)
-    for by_size in (True, False):
-        metric = AggMetricConfig("acc", filter_list=["none"], weight_by_size=by_size)
-        group = Group("both", aggregate_metric_list=[metric])
-        for (task,) in tasks.values():
-            group.add(task)
-        (found,) = zero_shot(model, tokenizer, {"both": [group]})
-        assert (found.task, found.items) == ("both", len(ITEMS) + 1)
-        values, sizes = [each.metrics["acc"].value for each in (first, second)], [len(ITEMS), 1]
-        weights = sizes if by_size else [1, 1]
-        mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
-        assert found.metrics["acc"].value == pytest.approx(mean)
-        pooled = {"acc": first.correct["acc"] + second.correct["acc"]}
-        assert found.correct == (pooled if by_size else {}), "a mean over tasks is no mean over items"
-
-
 def test_bad_input_is_named(piqa: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer(**ENDS)
     for tasks in ({"arc_easy": piqa}, {"no_such_task": None}, {"mmlu": piqa}, {"piqa": tmp_path / "missing.jsonl"}):

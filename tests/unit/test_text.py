@@ -7,11 +7,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from tiny import LINES, TEMPLATES, make_tokenizer
-from tokenizers import Tokenizer, models, processors
-from transformers import PreTrainedTokenizerFast
 
 from optima.data import text as text_module
-from optima.data.text import SpecialTokens, calibration_tokens, data_hash, pack, special_tokens
+from optima.data.text import calibration_tokens, data_hash, special_tokens
 from optima.errors import CalibrationError
 
 TOKENIZERS = {template: make_tokenizer(template) for template in TEMPLATES}
@@ -27,12 +25,6 @@ class TestSpecialTokens:
     )
     def test_found(self, template: str, expected: tuple[list[int], list[int]]) -> None:
         assert special_tokens(TOKENIZERS[template]) == expected
-
-    def test_ambiguous_tokenizer_is_refused(self) -> None:
-        backend = Tokenizer(models.WordLevel({"<s>": 0}, unk_token="<s>"))
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-        with pytest.raises(CalibrationError, match="cannot tell which special tokens"):
-            special_tokens(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 class TestCalibrationTokens:
@@ -64,29 +56,13 @@ class TestCalibrationTokens:
             calibration_tokens(LINES, TOKENIZERS["bert"], 1, 2)
 
     def test_stops_reading_when_there_is_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(text_module, "BATCH_DOCUMENTS", 1)
+        monkeypatch.setattr(text_module, "BATCH", 1)
 
         def documents():
             yield from LINES
             raise AssertionError("read on")
 
         assert calibration_tokens(documents(), TOKENIZERS["bos"], 1, 8).shape == (1, 8)
-
-    def test_a_long_text_is_read_in_pieces_and_no_further_than_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        text = "\n".join(LINES * 9)
-        whole = calibration_tokens([text], TOKENIZERS["bos"], 4, 16)
-        sizes = []
-        monkeypatch.setattr(text_module, "MOST_AT_ONCE", 100)
-        counted = text_module.token_ids
-
-        def count(texts: list[str], *given: object) -> list[list[int]]:
-            sizes.append(sum(map(len, texts)))
-            return counted(texts, *given)
-
-        monkeypatch.setattr(text_module, "token_ids", count)
-        assert torch.equal(calibration_tokens([text], TOKENIZERS["bos"], 4, 16), whole)
-        assert max(sizes) < 200
-        assert sum(sizes) < len(text)
 
     def test_long_text_is_neither_truncated_nor_warned_of(self, caplog: pytest.LogCaptureFixture) -> None:
         tokenizer = make_tokenizer("bos", model_max_length=8)
@@ -100,11 +76,6 @@ class TestCalibrationTokens:
             logger.removeHandler(caplog.handler)
         assert tokens_NL[:, 1:].flatten().tolist() == plain_ids(" ".join(LINES) + "\n\n")[:30]
         assert not caplog.records
-
-
-def test_pack_drops_the_remainder() -> None:
-    tokens_NL = pack(range(10, 17), SpecialTokens([0], [1]), 5)
-    assert tokens_NL.tolist() == [[0, 10, 11, 12, 1], [0, 13, 14, 15, 1]]
 
 
 def test_data_hash_is_of_the_int64_bytes() -> None:

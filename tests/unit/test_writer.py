@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 from pathlib import Path
 
 import families
@@ -103,16 +101,6 @@ def test_a_second_writer_finds_what_is_whole(tmp_path: Path, damage: bytes) -> N
     assert reopen(model, tmp_path).notes == [*writer.notes, f"resumed after {others[0]}"]
 
 
-def test_weights_can_be_read_by_whoever_can_read_the_rest(tmp_path: Path) -> None:
-    previous = os.umask(0o022)
-    try:
-        write(build("llama"), tmp_path)
-    finally:
-        os.umask(previous)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {0o644}
-    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
-
-
 class TestAuxiliaryFiles:
     @pytest.fixture
     def source(self, tmp_path: Path) -> Path:
@@ -145,34 +133,6 @@ class TestAuxiliaryFiles:
         # The tokenizer has no template: the one copied stays.
         assert self.copied(source) == known | own | {"preprocessor_config.json"}
 
-    def test_a_link_that_leaves_the_model(self, source: Path, caplog: pytest.LogCaptureFixture) -> None:
-        (source.parent / "secret").write_text("secret")
-        (source / "LICENSE").symlink_to(source.parent / "secret")
-        (source / "NOTICE").symlink_to(source / "config.json")
-        files = self.copied(source)
-        assert "NOTICE" in files
-        assert "LICENSE" not in files
-        assert "is a link that leaves the model's directory" in caplog.text
-
-    def test_links_of_the_hubs_cache(self, source: Path) -> None:
-        blobs, snapshot = source.parent / "cache" / "blobs", source.parent / "cache" / "snapshots" / "abc"
-        blobs.mkdir(parents=True)
-        snapshot.parent.mkdir()
-        source.rename(snapshot)
-        (blobs / "1").write_text("terms")
-        (snapshot / "LICENSE").symlink_to("../../blobs/1")
-        out = source.parent / "out"
-        out.mkdir()
-        prepare(build("llama"), None, find_source(str(snapshot)), out)
-        assert (out / "LICENSE").read_text() == "terms"
-        assert not (out / "LICENSE").is_symlink()
-
-    def test_card_data(self, source: Path) -> None:
-        """Without the text of the dense model."""
-        (source / "README.md").write_text("---\nlicense: mit\ntags: [a]\npipeline_tag:\nmodel-index: x\n---\ndense")
-        assert "README.md" in self.copied(source)
-        assert (source.parent / "out" / "README.md").read_text() == "---\nlicense: mit\ntags:\n- a\n---\n"
-
     def test_code_that_was_not_trusted_is_not_named(self, source: Path) -> None:
         """transformers has the class itself; where remote code is allowed it would look for that of the source."""
         code = {"AutoConfig": "mine.MineConfig", "AutoTokenizer": ["mine.Mine", None]}
@@ -202,37 +162,3 @@ class TestAuxiliaryFiles:
         prepare(model, None, find_source(str(source), True), tmp_path / "out")
         assert (tmp_path / "out" / "mine.py").exists()
         assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == auto_map
-
-
-@pytest.mark.parametrize(("name", "files"), [("llama", 3), ("llama tied", 2)])
-def test_large_tensors_outside_blocks_have_files_of_their_own(
-    name: str, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No more than one of them is in memory at a time; tied ones are one."""
-    monkeypatch.setattr("optima.models.save.LARGE_BYTES", 1000)
-    model = build(name)
-    model.save_pretrained(tmp_path / "whole")
-    write(model, tmp_path)
-    found, expected = load_weights(tmp_path / "out"), load_weights(tmp_path / "whole")
-    assert found.keys() == expected.keys()
-    assert all(tensor.equal(expected[key]) for key, tensor in found.items())
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == files + len(blocks_of(model))
-
-
-def test_files_are_on_the_disk_before_their_line_in_the_journal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced, fsync = list[str](), os.fsync
-
-    def noted(handle: int) -> None:
-        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", noted)
-    model = build("mixtral")
-    write(model, tmp_path)
-    names = [name for name in synced if name.startswith(("block-", "journal"))]
-    assert names == [
-        "journal.jsonl",
-        *(n for k in range(len(blocks_of(model)))[::-1] for n in (f"block-0000{k}.safetensors", "journal.jsonl")),
-    ]

@@ -10,10 +10,9 @@ Shapes: B sequences in a batch, L tokens in a sequence, D inputs, E hidden size.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,7 +37,6 @@ PROBE_LENGTH = 8
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 Result = TypeVar("Result")
-CPU = torch.device("cpu")
 
 
 class Microbatch(NamedTuple):
@@ -56,8 +54,6 @@ class Probe:
     Attributes:
         groups: for each block, its linears by the input that they share.
         outputs: what each block returned; of tensors the shapes alone.
-        batch_first: whether hidden states are (B, L, ...).
-        divisible: whether blocks can run on some samples of a batch.
         dense_arguments: whether blocks are called with what earlier blocks computed.
         shared_states: whether blocks share keys and values.
         routed: names of the linears that are not called with every token (experts).
@@ -65,8 +61,6 @@ class Probe:
 
     groups: list[list[tuple[Linear, ...]]]
     outputs: list[Any]
-    batch_first: bool
-    divisible: bool
     dense_arguments: bool
     shared_states: bool
     routed: frozenset[str]
@@ -78,47 +72,46 @@ class Activations:
 
     Attributes:
         probe: of the stack.
-        sizes: (B, L) of each batch.
+        length: L.
         hidden: each batch's hidden states, on the CPU, in the model's dtype; usually (B, L, E).
         arguments: ``arguments[block][batch]``, of the blocks that are needed; equal tensors are stored once.
         batches: token ids, (B, L) each.
         store: keeps tensors; copies and parts share it.
         ranks: the processes that sequences are split over: these are the ones of this process.
         batch_size: where blocks run, and how many sequences together; copies and parts share it.
-        counts: sequences and tokens of each rank.
+        counts: sequences of each rank.
     """
 
     probe: Probe
-    sizes: list[tuple[int, int]]
-    hidden: list[Tensor]
+    length: int
     arguments: list[list[Arguments]]
+    hidden: list[Tensor] = field(default_factory=list)
     batches: list[Tensor] = field(default_factory=list)
     store: Store = field(default_factory=Store)
     ranks: Ranks = ALONE
     batch_size: BatchSize = field(default_factory=BatchSize)
-    counts: tuple[tuple[int, int], ...] = ()
+    counts: Sequence[int] = ()
 
     @property
     def tokens(self) -> int:
         """Of all ranks."""
-        return sum(tokens for _, tokens in self.counts)
+        return sum(self.counts) * self.length
 
     @property
-    def before(self) -> tuple[int, int]:
-        """Sequences, and tokens, of lower ranks."""
-        lower = self.counts[: self.ranks.rank]
-        return sum(samples for samples, _ in lower), sum(tokens for _, tokens in lower)
+    def before(self) -> int:
+        """Sequences of lower ranks."""
+        return sum(self.counts[: self.ranks.rank])
 
     @property
     def device(self) -> torch.device:
         """Where blocks run."""
         return self.batch_size.device
 
-    def part(self, batches: Sequence[int]) -> Activations:
-        """Of some batches, advancing on their own; the tensors are shared. All ranks call it."""
+    def part(self, batches: Sequence[int] | None = None) -> Activations:
+        """Of some batches, or all, advancing on their own; the tensors are shared. All ranks call it."""
+        batches = range(len(self.batches)) if batches is None else batches
         part = replace(
             self,
-            sizes=[self.sizes[batch] for batch in batches],
             hidden=[self.hidden[batch] for batch in batches],
             arguments=[[own[batch] for batch in batches] for own in self.arguments],
             batches=[self.batches[batch] for batch in batches],
@@ -127,25 +120,21 @@ class Activations:
 
     def counted(self) -> Activations:
         """With ``counts``. All ranks call it."""
-        own = sum(samples for samples, _ in self.sizes), sum(map(math.prod, self.sizes))
-        return replace(self, counts=tuple(self.ranks.gather(own)))
+        return replace(self, counts=self.ranks.gather(sum(map(len, self.batches))))
 
     def groups(self, block: Block) -> list[tuple[Linear, ...]]:
         """The block's linears to prune, by the input that they share."""
         return self.probe.groups[block.index]
 
-    def microbatches(self) -> list[Microbatch]:
-        """The smallest parts that blocks can run on: single samples, or whole batches."""
-        return [
-            Microbatch(batch, slice(first, first + step), samples)
-            for batch, (samples, _) in enumerate(self.sizes)
-            for step in [1 if self.probe.divisible else samples]
-            for first in range(0, samples, step)
-        ]
+    def numbered(self) -> dict[int, Microbatch]:
+        """The single sequences of this rank, by their number among those of all ranks."""
+        sizes = enumerate(map(len, self.batches))
+        own = (Microbatch(batch, slice(row, row + 1), samples) for batch, samples in sizes for row in range(samples))
+        return dict(enumerate(own, start=self.before))
 
     def map_microbatches(self, batch: int, work: Callable[[slice], Result]) -> list[Result]:
         """What ``work`` returns for the microbatches that the device has memory for, see ``BatchSize.map``."""
-        return self.batch_size.map(self.sizes[batch][0], work, self.probe.divisible)
+        return self.batch_size.map(len(self.batches[batch]), work)
 
     @torch.no_grad()
     def forward(self, block: Block, start: Callable[[int, slice], None] = lambda batch, rows: None) -> None:
@@ -159,7 +148,7 @@ class Activations:
             return _queue_copy(hidden_of(self.run(block, batch, rows)))
 
         with full_precision(), ExitStack() as waiting:
-            for batch in range(len(self.sizes)):
+            for batch in range(len(self.batches)):
                 outputs = self.map_microbatches(batch, partial(run, batch))
                 event = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
                 waiting.close()  # receives the batch before, while the device works on this one
@@ -176,11 +165,11 @@ class Activations:
 
         ``call`` is called with the positional and the keyword arguments instead of the block.
         """
-        samples, inputs = self.sizes[batch][0], (self.hidden[batch], *self.arguments[block.index][batch])
-        if rows is not None and rows.stop - rows.start < samples:
+        inputs = (self.hidden[batch], *self.arguments[block.index][batch])
+        if rows is not None and rows.stop - rows.start < len(self.batches[batch]):
             # What has one row, or none for a sample, serves all.
             inputs = map_tensors(inputs, lambda each: each[rows] if each.ndim > 1 and len(each) > 1 else each)
-        hidden, args, kwargs = map_tensors(inputs, lambda each: moved(_usable(each), self.device))
+        hidden, args, kwargs = map_tensors(inputs, lambda each: moved(each, self.device))
         return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
 
 
@@ -189,11 +178,6 @@ def _queue_copy(tensor: Tensor) -> Tensor:
     if not tensor.is_cuda:
         return tensor.detach()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor.detach(), non_blocking=True)
-
-
-def _usable(tensor: Tensor) -> Tensor:
-    """The tensor in a form that gradients can be taken through."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -279,7 +263,7 @@ def capture(
     sample = ranks.on_rank0(lambda: batches[0][:1, :length])  # all ranks must find the same groups
     probe = _probe(model, stack, sample)
     home = BatchSize(next(model.parameters()).device)
-    trial = Activations(probe, [], [], [[] for _ in blocks], batch_size=home)
+    trial = Activations(probe, length, [[] for _ in blocks], batch_size=home)
     _record(model, stack, [sample], trial)
     for block in blocks:
         trial.forward(block)
@@ -288,18 +272,13 @@ def capture(
                 f"run on its own, {block.name} does not give what it gives inside {type(model).__name__}, which calls "
                 "it with more than is known here: this model cannot be pruned"
             )
-    rows = []
-    map_tensors(trial.arguments, lambda tensor: rows.append(len(tensor)) if tensor.ndim > 1 else None)
-    probe = replace(
-        probe,
-        outputs=map_tensors(probe.outputs, lambda tensor: tensor.new_zeros(()).expand(tensor.shape)),
-        divisible=probe.batch_first and set(rows) <= {1, trial.sizes[0][0]},
-    )
-    if not probe.divisible:
+    probe = replace(probe, outputs=map_tensors(probe.outputs, lambda tensor: tensor.new_zeros(()).expand(tensor.shape)))
+    rows: list[int] = []
+    map_tensors((trial.hidden, trial.arguments), lambda tensor: rows.append(len(tensor)) if tensor.ndim > 1 else None)
+    if set(rows) != {1}:  # not one row for a sequence: batches cannot be split, and sequences run one by one
         batches = [one for batch in batches for one in batch.split(1)]
-    acts = Activations(
-        probe, [], [], [[] for _ in blocks], store=store or Store(), ranks=ranks, batch_size=batch_size or BatchSize()
-    )
+    _, length = stack_size(model, stack.part, batches[0])
+    acts = Activations(probe, length, [[] for _ in blocks], [], [], store or Store(), ranks, batch_size or BatchSize())
     _record(model, stack, batches, acts)
     return acts.counted()
 
@@ -309,17 +288,13 @@ def _record(model: nn.Module, stack: Stack, batches: Sequence[Tensor], acts: Act
     blocks = stack.blocks[: len(acts.arguments)]
 
     def record(batch: Tensor, rows: slice) -> None:
-        batch, done = batch[rows], len(acts.sizes)
+        batch, done = batch[rows], len(acts.batches)
         del acts.hidden[done:]  # of a pass that ran out of memory
         for own in acts.arguments:
             del own[done:]
-        try:
+        with suppress(_AllCaptured):
             forward(model, batch)
-        except _AllCaptured:
-            acts.sizes.append(stack_size(model, stack.part, batch))
-            acts.batches.append(batch)
-            return
-        raise ModelError(f"{type(model).__name__} finished its forward pass without calling its last block")
+        acts.batches.append(batch)
 
     def called(block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         index, hidden, more = block.index, args[0] if args else kwargs["hidden_states"], args[1:]
@@ -348,18 +323,12 @@ def _shared(value: Any, earlier: Any, keep: Callable[[Tensor], Tensor]) -> Any:
     map_tensors(earlier, pool.append)
 
     def convert(tensor: Tensor) -> Tensor:
-        tensor = moved(tensor.detach(), CPU)
+        tensor = moved(tensor.detach(), torch.device("cpu"))
         same = (t for t in pool if t.shape == tensor.shape and t.dtype == tensor.dtype and torch.equal(t, tensor))
         found = next(same, None)
         return keep(tensor) if found is None else found
 
     return map_tensors(value, convert)
-
-
-def _identity(tensor: Tensor) -> object:
-    """Equal for the same numbers at the same place, unless they were changed in place since."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), version)
 
 
 def _probe(model: nn.Module, stack: Stack, batch: Tensor) -> Probe:
@@ -379,7 +348,9 @@ def _probe(model: nn.Module, stack: Stack, batch: Tensor) -> Probe:
     def see(linear: Linear, tensor: Tensor) -> None:
         if tensor.numel():
             held.append(tensor)
-            inputs[linear.name].append(_identity(tensor))
+            # The same numbers at the same place, not changed in place since.
+            identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)
+            inputs[linear.name].append(identity)
             tokens[linear.name] += tensor.numel() // tensor.shape[-1]
 
     def leave(block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -414,10 +385,9 @@ def _probe(model: nn.Module, stack: Stack, batch: Tensor) -> Probe:
     samples, length = stack_size(model, stack.part, batch)
     hidden = hidden_of(outputs[0])
     counts = tuple(hidden.shape[:-1]) if isinstance(hidden, Tensor) else ()
-    batch_first = counts[:2] == (samples, length)
-    if not batch_first and counts != (length, samples) and counts[1:] != (samples, length):
+    if counts[:2] != (samples, length) and counts != (length, samples) and counts[1:] != (samples, length):
         raise ModelError(f"the blocks of {type(model).__name__} return {counts}, not hidden states of {length} tokens")
     linears = [linear.name for block in stack.blocks for linear in block.linears]
     routed = {kind(name) for name in linears if tokens[name] != samples * length}
     unordered = frozenset(name for name in linears if kind(name) in routed)
-    return Probe(groups, outputs, batch_first, batch_first, passed_on or shared_states, shared_states, unordered)
+    return Probe(groups, outputs, passed_on or shared_states, shared_states, unordered)

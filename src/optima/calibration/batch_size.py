@@ -32,9 +32,7 @@ class BatchSize:
         self.most: int | None = None
         self._agreed: int | None = None
 
-    def map(
-        self, samples: int, work: Callable[[slice], Result], divisible: bool = True, most: int | None = None
-    ) -> list[Result]:
+    def map(self, samples: int, work: Callable[[slice], Result], most: int | None = None) -> list[Result]:
         """What ``work`` returns for the microbatches of a batch, in order; usually there is one.
 
         A microbatch that is out of memory is split in two. Others do not reach over its ends.
@@ -42,18 +40,17 @@ class BatchSize:
         Args:
             samples: of the batch.
             work: called with the samples of a microbatch.
-            divisible: whether the batch can be split.
             most: sequences of a microbatch, whatever memory the device has.
 
         Raises:
-            DeviceMemoryError: if there is no memory for one sequence, or for a batch that cannot be split.
+            DeviceMemoryError: if there is no memory for one sequence.
         """
         results, waiting = [], [slice(0, samples)]
         while waiting:
             rows = waiting.pop()
             count = rows.stop - rows.start
             limit = min(each for each in (count, self.most, most) if each is not None)
-            if count > limit and divisible:
+            if count > limit:
                 middle = rows.start + limit
                 waiting += [slice(middle, rows.stop), slice(rows.start, middle)]
                 continue
@@ -62,10 +59,9 @@ class BatchSize:
                     results.append(work(rows))
                 continue
             except torch.OutOfMemoryError as error:
-                if count == 1 or not divisible:
-                    remedy = "--max-seq-length" if count == 1 else "--batch-size to 1: this batch cannot be split"
+                if count == 1:
                     raise DeviceMemoryError(
-                        f"{self.device} has no memory for {count} sequences together: lower {remedy}"
+                        f"{self.device} has no memory for one sequence: lower --max-seq-length"
                     ) from error
             # Only after the exception and the frames that it holds are gone is their memory free.
             gc.collect()

@@ -15,8 +15,8 @@ Shapes: B sequences in a batch, L tokens in a sequence, T tokens, O outputs, E h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -48,32 +48,20 @@ LOGITS = "the cross-entropy of labels sampled from the model"
 HIDDEN = "the square of the change of the last hidden states"
 # Gradients are taken of, and blocks are tuned on, so many tokens at least, if there are as many.
 LEAST_TOKENS, LEAST_TUNED = 8192, 32768
-# The last block's outputs at equal tokens differ by less, relative to their norm, unless they depend on the text.
-ALIKE = 0.05
-# Of a share times a count.
-ROUNDING = 1e-9
+ALIKE = 0.05  # the last block's outputs at equal tokens differ by less, relative to their norm, but for the text
+ROUNDING = 1e-9  # of a share times a count
 UNSEEN = -1.0  # the square of a token that was not routed to an expert
 
 
-def fisher_batches(acts: Activations, share: float) -> list[int]:
-    """The batches of this rank that gradients are taken of."""
-    return _chosen_batches(acts, share, LEAST_TOKENS)
-
-
-def tuned_batches(acts: Activations, share: float) -> list[int]:
-    """The batches of this rank that blocks are tuned on."""
-    return _chosen_batches(acts, share, LEAST_TUNED)
-
-
-def _chosen_batches(acts: Activations, share: float, least: int) -> list[int]:
-    """A share of this rank's batches, with ``least`` tokens over all ranks if there are as many.
+def chosen_batches(acts: Activations, share: float, tuned: bool = False) -> list[int]:
+    """A share of this rank's batches: those that gradients are taken of, or those that blocks are ``tuned`` on.
 
     They are evenly spread, counted over all ranks; the first one is always among them.
     """
-    share = min(max(share, least / max(acts.tokens, 1)), 1.0)
-    size = max(acts.ranks.gather(max((samples for samples, _ in acts.sizes), default=1)))
-    first, chosen = acts.before[0], []
-    for batch, (samples, _) in enumerate(acts.sizes):
+    share = min(max(share, (LEAST_TUNED if tuned else LEAST_TOKENS) / acts.tokens), 1.0)
+    size = max(acts.ranks.gather(max(map(len, acts.batches), default=1)))
+    first, chosen = acts.before, []
+    for batch, samples in enumerate(map(len, acts.batches)):
         before, after = (math.ceil((first // size + more) * share - ROUNDING) for more in (0, 1))
         if after > before:
             chosen.append(batch)
@@ -104,7 +92,7 @@ def fisher_weights(
         seed: of the labels.
         residual: find ``FisherWeights.residual`` too.
         weights: brings blocks to the device; None: they are all in main memory.
-        share: of the sequences that are used, see ``fisher_batches``.
+        share: of the sequences that are used, see ``chosen_batches``.
         progress: called with the fraction of the work that is done.
         coupled: find ``FisherWeights.coupling`` too.
 
@@ -112,43 +100,26 @@ def fisher_weights(
         NotDifferentiableError: if there are no gradients, or they are not finite, on any rank.
     """
     with torch.enable_grad(), differentiable(model):
-        gradient_pass = _GradientPass(model, stack, acts, weights or Weights(model), fisher_batches(acts, share))
+        gradient_pass = _GradientPass(model, stack, acts, weights or Weights(model), share)
         found = gradient_pass.run(seed, residual, coupled, progress)
     give_back_freed_memory()
     return found
 
 
-@contextmanager
-def _raised_on_all(ranks: Ranks) -> Iterator[None]:
-    """A ``NotDifferentiableError`` inside, on one rank, is raised on all."""
-    problem = ""
-    try:
-        yield
-    except NotDifferentiableError as error:
-        problem = str(error)
-    if problem := next(filter(None, ranks.gather(problem)), ""):
-        raise NotDifferentiableError(problem)
-
-
 class _GradientPass:
-    """Forward and backward through the dense model, with the inputs of all blocks kept; see ``fisher_weights``.
+    """Forward and backward through the dense model, with the inputs of all blocks kept; see ``fisher_weights``."""
 
-    ``used``: the numbers of the batches that gradients are taken of, in ``part``.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, stack: Stack, acts: Activations, weights: Weights, used: Sequence[int]
-    ) -> None:
-        self.model, self.stack, self.acts, self.weights, self.used = model, stack, acts, weights, used
-        self.ranks, self.head, self.part = acts.ranks, head_of(model) is not None, acts.part(used)
+    def __init__(self, model: PreTrainedModel, stack: Stack, acts: Activations, weights: Weights, share: float) -> None:
+        self.model, self.stack, self.acts, self.weights, self.ranks = model, stack, acts, weights, acts.ranks
+        self.used = chosen_batches(acts, share)  # of ``acts``: these are in ``part``
+        self.part, self.head = acts.part(self.used), head_of(model) is not None
         self.found = FisherWeights(LOGITS if self.head else HIDDEN)
         self.starts: list[Tensor] = []  # of each batch, (T,): the tokens of a start that all sequences share
 
     def run(self, seed: int, residual: bool, coupled: bool, progress: Callable[[float], None]) -> FisherWeights:
         """See ``fisher_weights``."""
         part, blocks, inputs = self.part, self.stack.blocks, list[list[Tensor]]()
-        counts = self.ranks.gather(self._draws())
-        with _raised_on_all(self.ranks):
+        with self.ranks.raised_on_all(NotDifferentiableError):
             if self.acts.probe.shared_states:
                 raise NotDifferentiableError("its blocks share keys and values")
             if any(parameter.is_inference() for parameter in self.model.parameters()):
@@ -157,50 +128,47 @@ class _GradientPass:
                 inputs.append(list(part.hidden))
                 with self.weights.on(block, part.device):
                     part.forward(block)
-            gradients = self._at_the_head(seed, counts)
+            gradients = self._at_the_head(seed)
         progress(0.25)  # a forward pass is a quarter of the work
         alike = start_alike(self.acts, part.hidden)
-        self.starts = [(torch.arange(math.prod(size)) % size[1] == 0) & alike for size in self.acts.sizes]
+        self.starts = [
+            (torch.arange(len(batch) * part.length) % part.length == 0) & alike for batch in self.acts.batches
+        ]
         for block in reversed(blocks):
             part.hidden = inputs.pop()
             sums = _BlockSums(block, part, self.acts.hidden[0].shape[-1] if residual else 0, coupled)
-            with _raised_on_all(self.ranks), self.weights.on(block, part.device):
+            with self.ranks.raised_on_all(NotDifferentiableError), self.weights.on(block, part.device):
                 sums.backward(gradients)
             self._finish(block, sums)
             progress(1.0 - 0.75 * len(inputs) / len(blocks))
         return self.found
 
-    def _draws(self) -> list[int]:
-        """How many random numbers the labels of each batch of this rank take."""
-        if self.head:
-            return [math.prod(label_size(self.model, batch)) for batch in self.acts.batches]
-        return [hidden.numel() for hidden in self.acts.hidden]
-
-    def _at_the_head(self, seed: int, counts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Gradients at the output of the last block, at labels drawn by uniform random numbers.
+    def _at_the_head(self, seed: int) -> list[Tensor]:
+        """Gradients at the output of the last block, at labels drawn by random numbers.
 
         A sequence has the same labels whichever rank it is on, and whichever other sequences are used.
         """
-        gradients: list[Tensor] = []
+        gradients = list[Tensor]()
         part, generator = self.part, torch.Generator().manual_seed(seed)
-        for count in (count for own in counts[: self.ranks.rank] for count in own):
-            torch.rand(count, generator=generator)
+        draw: Callable[..., Tensor] = torch.rand if self.head else partial(torch.randint, 0, 2)
+        shapes = [
+            label_size(self.model, tokens_BL) if self.head else hidden.shape
+            for tokens_BL, hidden in zip(self.acts.batches, self.acts.hidden, strict=True)
+        ]
+        for _ in range(self.acts.before):
+            draw((math.prod(shapes[0]) // len(self.acts.batches[0]),), generator=generator)
         give_back_freed_memory()  # logits are large
         # Gradients of an encoder come back through the blocks of the decoder, which stay where they are.
         place = MAIN if self.stack.part == "encoder" else outside_device(self.model, part.device)
         with self.weights.outside(place):
-            for batch, count in enumerate(counts[self.ranks.rank]):
-                number = len(gradients)
-                if batch not in self.used:
-                    torch.rand(count, generator=generator)
-                    continue
-                if self.head:
-                    drawn_BL = torch.rand(label_size(self.model, part.batches[number]), generator=generator)
-                    gradient = at_the_head(self.model, self.stack, part, number, drawn_BL)
-                else:
-                    hidden = part.hidden[number]
-                    gradient = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden)
-                gradients.append(part.store.keep(gradient))
+            for batch, shape in enumerate(shapes):
+                drawn, number = draw(shape, generator=generator), len(gradients)
+                if batch in self.used:
+                    if self.head:
+                        gradient = at_the_head(self.model, self.stack, part, number, drawn)
+                    else:
+                        gradient = drawn.mul_(2).sub_(1).to(part.hidden[number])
+                    gradients.append(part.store.keep(gradient))
         return gradients
 
     def _finish(self, block: Block, sums: _BlockSums) -> None:
@@ -210,14 +178,15 @@ class _GradientPass:
         for name, own in sums.squares.items():
             routed = name in sums.experts
             squares = self._fill_in(own, routed)
-            counted = [square_T[(square_T >= 0.0) & ~start_T] for square_T, start_T in self._with_starts(squares)]
+            pairs = list(zip(squares, self.starts, strict=True))
+            counted = [square_T[(square_T >= 0.0) & ~start_T] for square_T, start_T in pairs]
             totals = self.ranks.all_reduce(torch.tensor(Moments.of(counted)[:3], dtype=torch.float64))
             moments = Moments(*totals.tolist())._replace(inputs=inputs.get(name, 0))
-            if routed:  # its tokens of sequences that were not used are to come, with the mean
-                moments = moments.among(moments.tokens * self.acts.tokens / tokens)
             if not moments.total:
                 continue
-            weights = [moments.weights(square_T, start_T) for square_T, start_T in self._with_starts(squares)]
+            if routed:  # its tokens of sequences that were not used are to come, with the mean
+                moments = moments.among(moments.tokens * self.acts.tokens / tokens)
+            weights = [moments.weights(square_T, start_T) for square_T, start_T in pairs]
             if routed:
                 places = [(square_T >= 0.0).nonzero()[:, 0].int() for square_T in squares]
                 found.routed[name] = [(at_T, own_T[at_T]) for at_T, own_T in zip(places, weights, strict=True)]
@@ -237,27 +206,21 @@ class _GradientPass:
             if bool(total.any()):
                 found.coupling[name] = keep(correlated_rows(total).half().cpu())
 
-    def _with_starts(self, squares: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(squares, self.starts, strict=True)
-
     def _fill_in(self, squares: Sequence[Tensor], routed: bool) -> list[Tensor]:
         """Squares of the tokens of every batch, (T,), from those of the batches that were used.
 
         Other tokens have the mean of their position, of the roots that are used. It is not known where they are routed.
         """
-        own, sizes = dict(zip(self.used, squares, strict=True)), self.acts.sizes
-        length = max(self.ranks.gather(max((length for _, length in sizes), default=0)))
+        own, sizes = dict(zip(self.used, squares, strict=True)), list(map(len, self.acts.batches))
+        length = self.acts.length
         square_L = torch.full((length,), UNSEEN)
         if not routed:
-            sum_2L = torch.zeros(2, length, dtype=torch.float64)
-            for batch, square_T in own.items():
-                root_BL = square_T.double().pow(POWER).reshape(-1, sizes[batch][1])
-                sum_2L[0, : root_BL.shape[1]] += root_BL.sum(dim=0)
-                sum_2L[1, : root_BL.shape[1]] += len(root_BL)
-            weight_L, count_L = self.ranks.all_reduce(sum_2L)
-            mean_L = torch.where(count_L > 0, weight_L / count_L.clamp_min(1), weight_L.sum() / count_L.sum())
+            sum_L = torch.zeros(length, dtype=torch.float64)
+            for square_T in squares:
+                sum_L += square_T.double().pow(POWER).reshape(-1, length).sum(dim=0)
+            mean_L = self.ranks.all_reduce(sum_L) / (self.part.tokens // length)
             square_L = mean_L.pow(1.0 / POWER).float()
-        filled = {size: square_L[: size[1]].repeat(size[0]) for size in set(sizes)}  # batches share them
+        filled = {size: square_L.repeat(size) for size in set(sizes)}  # batches share them
         return [own.get(batch, filled[size]) for batch, size in enumerate(sizes)]
 
 
@@ -270,21 +233,18 @@ def start_alike(acts: Activations, outputs: Sequence[Tensor]) -> bool:
         acts: inputs of the first block.
         outputs: of the last block, for the batches that were used.
     """
-    if not acts.probe.batch_first:
+    if len(acts.hidden[0]) != len(acts.batches[0]):  # hidden states are not (B, L, ...)
         return False
-    alike, count = True, 0
-    for hidden, tolerance in ((acts.hidden, 0.0), (outputs, ALIKE)):  # outputs are rounded as their batches are
-        starts = [each[:, 0].flatten(1).float().clone() for each in hidden]
-        first_1E = acts.ranks.broadcast(starts[0][:1] if acts.ranks.first else None, 0)
-        near = [(start_BE - first_1E).norm(dim=1) <= tolerance * first_1E.norm() for start_BE in starts]
-        alike = alike and all(bool(near_B.all()) for near_B in near)
-        count = sum(acts.ranks.gather(sum(map(len, near))))  # of the outputs in the end: one says nothing of others
-    return count > 1 and all(acts.ranks.gather(alike))
 
+    def near(hidden: Sequence[Tensor], tolerance: float) -> bool:
+        starts = [each[:, 0].flatten(1).float() for each in hidden]
+        first_1E = acts.ranks.on_rank0(lambda: starts[0][:1].clone())
+        most = tolerance * first_1E.norm()
+        return all(bool(((start_BE - first_1E).norm(dim=1) <= most).all()) for start_BE in starts)
 
-# Of a linear's gradients in a backward pass, on the device: its name, sums over tokens (2, O) and over outputs (T,),
-# the tokens of an expert, and the products of halves.
-_Noted = tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]
+    alike = near(acts.hidden, 0.0), near(outputs, ALIKE), sum(map(len, outputs))
+    inputs, last, counts = zip(*acts.ranks.gather(alike), strict=True)
+    return all(inputs) and all(last) and sum(counts) > 1  # one sequence says nothing of others
 
 
 class _BlockSums:
@@ -300,7 +260,7 @@ class _BlockSums:
     """
 
     def __init__(self, block: Block, part: Activations, residual: int, coupled: bool) -> None:
-        self._block, self._part = block, part
+        self._block, self._part, sizes = block, part, list(map(len, part.batches))
         self.rows = {each.name: torch.zeros(2, each.shape[0], dtype=torch.float64) for each in block.linears}
         self.reached = {name: torch.zeros((), dtype=torch.float64) for name in self.rows}
         self.experts = {linear.name for linear in block.linears if linear.expert is not None}
@@ -308,14 +268,14 @@ class _BlockSums:
         self._keys = {name: leader for name, leader in leaders.items() if name not in part.probe.routed}
         self._keys |= {name: name for name in self.experts}
         self.squares = {
-            key: [torch.full((math.prod(size),), UNSEEN if key in self.experts else 0.0) for size in part.sizes]
+            key: [torch.full((size * part.length,), UNSEEN if key in self.experts else 0.0) for size in sizes]
             for key in dict.fromkeys([*self._keys.values(), block.name])
         }
         self.residual_EE = torch.zeros(residual, residual, device=part.device) if residual else None
         linears = [each for each in block.linears if coupled and couples(each) and each.name in self._keys]
         self.halves = {each.name: torch.zeros(2, *each.shape[:1] * 2, device=part.device) for each in linears}
         # The number of each batch's first sequence, over all ranks.
-        self._numbers = list(accumulate((samples for samples, _ in part.sizes), initial=part.before[0]))
+        self._numbers = list(accumulate(sizes, initial=part.before))
 
     def backward(self, gradients: list[Tensor]) -> None:
         """Replace ``gradients`` at the block's outputs by those at its inputs."""
@@ -324,12 +284,12 @@ class _BlockSums:
             gradients[batch] = self._part.store.keep(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def _backward(self, gradient: Tensor, batch: int, rows: slice) -> Tensor:
-        block, part, (samples, length) = self._block, self._part, self._part.sizes[batch]
-        gradient = moved(rows_of(gradient, rows, samples), part.device)
-        tokens = slice(rows.start * length, rows.stop * length)
+        block, part = self._block, self._part
+        gradient = moved(rows_of(gradient, rows, len(part.batches[batch])), part.device)
+        tokens = slice(rows.start * part.length, rows.stop * part.length)
         odd_B = torch.arange(self._numbers[batch] + rows.start, self._numbers[batch] + rows.stop) % 2
         leaves: list[Tensor] = []
-        noted: list[_Noted] = []
+        noted: list[tuple[Any, ...]] = []  # arguments of ``_add``, on the device
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             leaves.append(args[0].detach().requires_grad_(True))
@@ -356,7 +316,7 @@ class _BlockSums:
         return leaves[0].grad.cpu()
 
     def _note(
-        self, noted: list[_Noted], odd_B: Tensor, name: str, gradient: Tensor, tokens_T: Tensor | None = None
+        self, noted: list[tuple[Any, ...]], odd_B: Tensor, name: str, gradient: Tensor, tokens_T: Tensor | None = None
     ) -> None:
         gradient_TO = gradient.detach().flatten(0, -2)
         square_TO = gradient_TO.float().square()

@@ -25,18 +25,15 @@ from transformers import PreTrainedModel
 from optima.calibration.activations import Activations, Microbatch, with_hidden
 from optima.device import backward_explained, card_memory, differentiable, forward_replaced, once
 from optima.errors import NotDifferentiableError
-from optima.models.blocks import Block, Stack, count_outside, find_stacks
+from optima.models.blocks import Stack, count_outside, find_stacks
 from optima.models.inputs import forward, rows_of
 from optima.models.inspect import is_encoder_decoder
 from optima.models.offload import MAIN, Weights
 
-# Float32 logits of a slice in memory at once, of which a softmax makes copies.
-LOGITS_BYTES = 256 * 2**20
-# Of each sequence so many positions are compared in an epoch, others in the next: a vocabulary is often larger than a
-# block.
+LOGITS_BYTES = 256 * 2**20  # float32 logits of a slice in memory at once, of which a softmax makes copies
+# Positions of each sequence that an epoch compares, the next one others: a vocabulary is often larger than a block.
 POSITIONS = 128
-# Tokens whose probabilities are added up before a label is drawn among them.
-CHUNK = 512
+CHUNK = 512  # tokens whose probabilities are added up before a label is drawn among them
 
 
 def sliceable(model: nn.Module) -> bool:
@@ -57,11 +54,10 @@ def outside_device(model: PreTrainedModel, device: torch.device) -> torch.device
 
     There, unless it would take more than half of the card. It is the same on all ranks, and for a run that is resumed.
     """
-    first = next(model.parameters())
+    first = next(model.parameters())  # where inputs go
     blocks = [block for stack in find_stacks(model) for block in stack.blocks]
-    inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
-    home = device.type in ("cpu", first.device.type) or id(first) in inside  # inputs go to the first parameter
-    if home:
+    inside = any(first is parameter for block in blocks for parameter in block.module.parameters())
+    if device.type in ("cpu", first.device.type) or inside:
         return MAIN
     outside = count_outside(model, blocks) * model.dtype.itemsize
     return device if 2 * outside <= card_memory(device) else MAIN
@@ -79,16 +75,12 @@ def _sliced_head(
         with ExitStack() as replaced:
             for block in stack.blocks:
                 output = with_hidden(acts.probe.outputs[block.index], hidden)
-                replaced.enter_context(forward_replaced(block.module, partial(_returned, output)))
+                replaced.enter_context(forward_replaced(block.module, lambda *args, output=output, **kwargs: output))
             options = {} if at_C is None else {"logits_to_keep": at_C.to(hidden.device)}
             logits = getattr(forward(model, batch, **options), "logits", None)
         if not isinstance(logits, Tensor):
             raise NotDifferentiableError("it returns no logits")
         yield at_L if at_C is None else at_C, logits.flatten(0, -2)
-
-
-def _returned(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return output
 
 
 def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: int, drawn_BL: Tensor) -> Tensor:
@@ -110,7 +102,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: 
     home, inputs = next(model.parameters()).device, acts.batches[batch]
     samples, length = drawn_BL.shape
     # Of an encoder, autograd keeps a whole decoder of each sample.
-    most = 1 if stack.part == "encoder" and acts.probe.divisible else samples
+    most = 1 if stack.part == "encoder" else samples
 
     def backward(rows: slice) -> Tensor:
         leaf = rows_of(acts.hidden[batch], rows, samples).to(home, copy=True).requires_grad_(True)
@@ -123,7 +115,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: 
         assert leaf.grad is not None
         return leaf.grad.cpu()
 
-    parts = acts.batch_size.map(samples, backward, acts.probe.divisible, most)
+    parts = acts.batch_size.map(samples, backward, most)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -180,10 +172,6 @@ class LmHead:
     stack: Stack
     weights: Weights
 
-    def read(self, block: Block) -> bool:
-        """Whether ``block`` is what the head reads."""
-        return block is self.stack.blocks[-1]
-
     @contextmanager
     def error(self, acts: Activations) -> Iterator[LogitsError]:
         """The KL error of the last block, which is on its device."""
@@ -218,12 +206,10 @@ class LogitsError:
         leaf, target = fixed.to(home, copy=True).requires_grad_(found.requires_grad), target.to(home)
         total, tokens = torch.zeros((), dtype=torch.float64, device=home), 0
         gradient = torch.zeros_like(fixed, dtype=torch.float32)
-        part = self.acts.batches[batch][rows]
-        length = self.acts.sizes[batch][1]
-        stride = -(-length // POSITIONS)
-        at_L = torch.arange(epoch % stride, length, stride)
+        stride = -(-self.acts.length // POSITIONS)
+        at_L = torch.arange(epoch % stride, self.acts.length, stride)
         logits = partial(_sliced_head, self.model, self.stack, self.acts)
-        slices = (part, at_L, rows.stop - rows.start)
+        slices = (self.acts.batches[batch][rows], at_L, rows.stop - rows.start)
         for (_, p_TV), (_, q_TV) in zip(logits(target, *slices), logits(leaf, *slices), strict=True):
             log_p_TV, log_q_TV = _log_probabilities(p_TV), _log_probabilities(q_TV)
             lost = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="sum", log_target=True)

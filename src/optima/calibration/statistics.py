@@ -14,12 +14,11 @@ Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, O outputs, N to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,7 @@ from optima.calibration.activations import Activations, moved
 from optima.calibration.weights import FisherWeights
 from optima.core.hessian import Hessian
 from optima.core.problem import chunk_rows
-from optima.core.products import ROUND_ROWS, add_gram, all_finite, mirror
-from optima.core.statistics import Statistics, sampling_step
+from optima.core.products import ROUND_ROWS, add_gram, all_finite, mirror, sampling_step
 from optima.device import Stopwatch, bfloat16_products, full_precision
 from optima.distributed import Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError
@@ -37,9 +35,8 @@ from optima.models.blocks import DOWN, Block, ExpertLinear, FusedExperts, Linear
 from optima.models.inputs import rows_of
 
 Group = tuple[Linear, ...]
-# Tokens of a block that stand for all of them at an expert's second linear.
-COMMON_TOKENS = 2048
-# A linear's products of O x D x D, for select, solve and rounding; its Hessian costs a few of D^3.
+COMMON_TOKENS = 2048  # of a block, that stand for all of them at an expert's second linear
+# A group costs so many products of O x D x D, for select, solve and rounding, and D^3 for its Hessian.
 PRODUCTS = 10
 
 
@@ -48,12 +45,12 @@ class Found:
     """The statistics of linears that share their input.
 
     Attributes:
-        statistics: of the input; None if no token reached the linears, or on other ranks than the owner.
+        hessian: of the input; None if no token reached the linears, or on other ranks than the owner.
         linears: the linears.
         owner: the rank that prunes them; None: all ranks together.
     """
 
-    statistics: Statistics | None
+    hessian: Hessian | None
     linears: Group
     owner: int | None = 0
 
@@ -84,10 +81,9 @@ def observe(
     Raises:
         CalibrationError: on NaN or Inf, naming the linear.
     """
-    hessians = _Hessians(block, acts, sink_weight, damping, stopwatch or Stopwatch(acts.device), weights)
-    groups = acts.groups(block)
-    hessians.accumulate(groups, onward)
-    yield from hessians.finish(groups)
+    hessians = _Hessians(block, acts, sink_weight, stopwatch or Stopwatch(acts.device), weights)
+    hessians.accumulate(onward)
+    yield from hessians.finish(damping)
 
 
 def _leads(group: Group) -> bool:
@@ -143,11 +139,12 @@ def reduce_to(owners: Mapping[str, int | None], sums: dict[str, Accumulator], ra
 
 def owners_of(groups: Sequence[Sequence[Linear]], ranks: int, device: torch.device) -> dict[str, int | None]:
     """The rank that prunes each group of linears, by its first linear; None: all ranks together."""
-    chunked = [
-        any(chunk_rows(linear.shape[1], linear.shape[0], device) < linear.shape[0] for linear in group)
-        for group in groups
-    ]
-    owners = share_out([cost(group) for group in groups], ranks, chunked) if ranks > 1 else [0] * len(groups)
+    costs, chunked = [], []
+    for group in groups:
+        outputs, size = [linear.shape[0] for linear in group], group[0].shape[1]
+        costs.append(float(size**3 + PRODUCTS * sum(outputs) * size**2))
+        chunked.append(any(chunk_rows(size, count, device) < count for count in outputs))
+    owners = share_out(costs, ranks, chunked) if ranks > 1 else [0] * len(groups)
     return {group[0].name: owner for group, owner in zip(groups, owners, strict=True)}
 
 
@@ -167,18 +164,11 @@ def share_out(costs: Sequence[float], ranks: int, divisible: Sequence[bool] = ()
     return owners
 
 
-def cost(group: Sequence[Linear]) -> float:
-    """Of a group's linears and their Hessian, in multiplications."""
-    size = group[0].shape[1]
-    return float(size**3 + PRODUCTS * sum(linear.shape[0] for linear in group) * size**2)
-
-
 class _AllSeen(Exception):  # noqa: N818 - not an error
     """Stops a block's forward pass before the product of its last linear, which nobody needs."""
 
 
-@dataclass
-class _Common:
+class _Common(NamedTuple):
     """All tokens at the input of a mixture: their Hessian, and a sample of them with weights."""
 
     mean_DD: Tensor
@@ -186,55 +176,48 @@ class _Common:
     weight_N: Tensor
 
 
-@dataclass
 class _Hessians:
     """Accumulates the inputs of a block's linears; arguments as of ``observe``."""
 
-    block: Block
-    acts: Activations
-    sink_weight: float
-    damping: float
-    stopwatch: Stopwatch
-    fisher: FisherWeights | None
-
-    def __post_init__(self) -> None:
-        self.sums: dict[str, Accumulator] = {}
-        self.common: dict[FusedExperts, _Common] = {}
-        self.samples: dict[FusedExperts, list[tuple[Tensor, Tensor]]] = {}
-        self._batch, self._rows = -1, slice(0)
+    def __init__(
+        self, block: Block, acts: Activations, sink_weight: float, stopwatch: Stopwatch, fisher: FisherWeights | None
+    ) -> None:
+        self.block, self.acts, self.sink_weight = block, acts, sink_weight
+        self.stopwatch, self.fisher, self.groups = stopwatch, fisher, acts.groups(block)
+        self.sums = {group[0].name: Accumulator(group[0].shape[1], acts.device) for group in self.groups}
+        mixtures = {group[0].expert.experts for group in self.groups if group[0].expert is not None}
+        self.mixtures = sorted(mixtures, key=lambda experts: experts.name)
+        self.samples: dict[str, list[tuple[Tensor, Tensor]]] = {experts.name: [] for experts in self.mixtures}
+        self.common: dict[str, _Common] = {}
         self._stops = False
+        self._batch, self._rows = -1, slice(0)
         self._seen: set[str] = set()  # in this pass over a microbatch
         # Samples of this batch that were added; a pass that ran out of memory runs again in parts, which skip them.
         self._added: dict[str, int] = {}
         self._skipped: set[str] = set()
 
-    def accumulate(self, groups: Sequence[Group], onward: bool) -> None:
-        """Sum over all tokens at ``groups``."""
-        device, ranks = self.acts.device, self.acts.ranks
-        self.sums = {group[0].name: Accumulator(group[0].shape[1], device) for group in groups}
-        self._batch, self._stops = -1, not onward
-        mixtures = {group[0].expert.experts for group in groups if group[0].expert is not None}
-        commons = {experts.name: Accumulator(Linear("", experts.up[0]).shape[1], device) for experts in mixtures}
-        self.samples = {experts: [] for experts in mixtures}
+    def accumulate(self, onward: bool) -> None:
+        """Sum over all tokens."""
+        acts, self._stops = self.acts, not onward
+        commons = {each.name: Accumulator(Linear("", each.up[0]).shape[1], acts.device) for each in self.mixtures}
         with ExitStack() as stack:
-            for group in groups:
+            for group in self.groups:
                 stack.callback(group[0].observe(partial(self._see, group[0])).remove)
-            for experts in mixtures:
+            for experts in self.mixtures:
                 hook = partial(self._see_all, experts, commons[experts.name])
                 stack.callback(experts.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(self.block.linearized())
             stack.enter_context(self.stopwatch("forward"))
             stack.enter_context(full_precision())
             if onward:
-                self.acts.forward(self.block, self._start)
-            for batch in range(0 if onward or not groups else len(self.acts.sizes)):
-                self.acts.map_microbatches(batch, partial(self._run, batch))
+                acts.forward(self.block, self._start)
+            for batch in range(0 if onward or not self.groups else len(acts.batches)):
+                acts.map_microbatches(batch, partial(self._run, batch))
         _check(self.sums | commons)
-        for experts in sorted(mixtures, key=lambda experts: experts.name):
-            reduce_to({experts.name: None}, commons, ranks)
-            if samples := [each for own in ranks.all_gather(self.samples[experts]) for each in own]:
-                rows_ND, weight_N = (torch.cat(parts) for parts in zip(*samples, strict=True))
-                self.common[experts] = _Common(commons[experts.name].mean(), rows_ND, weight_N)
+        for name, samples in self.samples.items():
+            reduce_to({name: None}, commons, acts.ranks)
+            if every := [each for own in acts.ranks.all_gather(samples) for each in own]:
+                self.common[name] = _Common(commons[name].mean(), *map(torch.cat, zip(*every, strict=True)))
 
     def _run(self, batch: int, rows: slice) -> None:
         self._start(batch, rows)
@@ -250,31 +233,26 @@ class _Hessians:
         self._skipped = {name for name, stop in self._added.items() if stop >= rows.stop}
 
     def _see(self, linear: Linear, inputs: Tensor) -> None:
-        inputs_TD, name = inputs.reshape(-1, inputs.shape[-1]), linear.name
+        inputs_TD, name, expert = inputs.reshape(-1, inputs.shape[-1]), linear.name, linear.expert
+        tokens = (self._rows.stop - self._rows.start) * self.acts.length
+        all_tokens = name not in self.acts.probe.routed and len(inputs_TD) == tokens  # of this pass, in order
         if len(inputs_TD) and name not in self._skipped:
             with self.stopwatch("hessian"):
-                self.sums[name].add(inputs_TD, self._weights(linear, inputs_TD))
+                weight_T = self._weights(name, inputs_TD.device)
+                if weight_T is not None and expert is not None:
+                    weight_T = weight_T[expert.tokens_T]
+                elif not all_tokens:  # it is not known which they are
+                    weight_T = None
+                self.sums[name].add(inputs_TD, weight_T)
             self._added[name] = self._rows.stop
-        if linear.expert is not None or self._all_tokens(name, inputs_TD):
+        if expert is not None or all_tokens:
             self._seen.add(name)
         if self._stops and self._seen == self.sums.keys():
             raise _AllSeen
 
-    def _all_tokens(self, name: str, inputs_TD: Tensor) -> bool:
-        """Whether the inputs of a linear are of all tokens of this pass, in order."""
-        tokens = (self._rows.stop - self._rows.start) * self.acts.sizes[self._batch][1]
-        return name not in self.acts.probe.routed and len(inputs_TD) == tokens
-
-    def _weights(self, linear: Linear, inputs_TD: Tensor) -> Tensor | None:
-        """Of these tokens; None if all weigh alike, or if it is not known which they are."""
-        weight_T = self._weights_of_pass(linear.name, inputs_TD.device)
-        if weight_T is not None and linear.expert is not None:
-            return weight_T[linear.expert.tokens_T]
-        return weight_T if self._all_tokens(linear.name, inputs_TD) else None
-
-    def _weights_of_pass(self, name: str, device: torch.device) -> Tensor | None:
-        """Of all tokens of this pass at a linear, or at the block."""
-        samples, length = self.acts.sizes[self._batch]
+    def _weights(self, name: str, device: torch.device) -> Tensor | None:
+        """Of all tokens of this pass at a linear, or at the block; None if they weigh alike."""
+        samples, length = len(self.acts.batches[self._batch]), self.acts.length
         weight_T = None
         if self.fisher is not None:
             weight_T = self.fisher.of(name, self._batch, samples * length)
@@ -288,7 +266,7 @@ class _Hessians:
         if experts.name in self._skipped:
             return
         hidden_TD = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).flatten(0, -2)
-        weight_T = self._weights_of_pass(self.block.name, hidden_TD.device)
+        weight_T = self._weights(self.block.name, hidden_TD.device)
         if weight_T is None:
             weight_T = hidden_TD.new_ones(len(hidden_TD), dtype=torch.float32)
         weight_T = weight_T.repeat(len(hidden_TD) // len(weight_T))
@@ -296,33 +274,33 @@ class _Hessians:
             used_T = hidden_TD.ne(0).any(dim=1)
             hidden_TD, weight_T = hidden_TD[used_T], weight_T[used_T]
         total.add(hidden_TD, weight_T)
-        sizes = self.acts.sizes
-        before = self.acts.before[1] + sum(math.prod(size) for size in sizes[: self._batch])
-        before += self._rows.start * sizes[self._batch][1]
+        before = self.acts.before + sum(map(len, self.acts.batches[: self._batch])) + self._rows.start
         step = sampling_step(self.acts.tokens, COMMON_TOKENS)
-        sample = sampled(hidden_TD, before, step).clone(), sampled(weight_T, before, step).clone()
-        self.samples[experts].append(sample)
+        chosen = slice(
+            -before * self.acts.length % step, None, step
+        )  # every ``step``-th token, counted over all batches
+        self.samples[experts.name].append((hidden_TD[chosen].clone(), weight_T[chosen].clone()))
         self._added[experts.name] = self._rows.stop
 
-    def finish(self, groups: Sequence[Group]) -> Iterator[Found]:
-        """The statistics of ``groups``; those that all ranks solve together come first."""
+    def finish(self, damping: float) -> Iterator[Found]:
+        """What was found at each group; groups that all ranks solve together come first."""
         ranks = self.acts.ranks
-        owners = owners_of(groups, ranks.size, self.acts.device)
+        owners = owners_of(self.groups, ranks.size, self.acts.device)
         with self.stopwatch("reduce") if ranks.size > 1 else nullcontext():
             reduce_to(owners, self.sums, ranks)
-        for group in sorted(groups, key=lambda group: (_leads(group), owners[group[0].name] is not None)):
+        for group in sorted(self.groups, key=lambda group: (_leads(group), owners[group[0].name] is not None)):
             name, expert, owner = group[0].name, group[0].expert, owners[group[0].name]
-            total, statistics = self.sums.pop(name, None), None
+            total, hessian = self.sums.pop(name, None), None
             if expert is not None and owner in (None, ranks.rank):
-                statistics = self._shrunk(name, expert, total)
+                hessian = self._shrunk(name, expert, total, damping)
             elif total is not None:
-                statistics = Statistics(Hessian(total.mean(), self.damping), total.tokens)
-            yield Found(statistics, group, owner)
-            del statistics  # or it would be in memory with the next
+                hessian = Hessian(total.mean(), damping, total.tokens)
+            yield Found(hessian, group, owner)
+            del hessian  # or it would be in memory with the next
 
-    def _shrunk(self, name: str, expert: ExpertLinear, own: Accumulator | None) -> Statistics | None:
-        """An expert's statistics, as though D tokens had been drawn from all of the block besides its own."""
-        common = self.common.get(expert.experts)
+    def _shrunk(self, name: str, expert: ExpertLinear, own: Accumulator | None, damping: float) -> Hessian | None:
+        """An expert's Hessian, as though D tokens had been drawn from all of the block besides its own."""
+        common = self.common.get(expert.experts.name)
         if common is None:
             return None
         mean_DD = common.mean_DD
@@ -334,9 +312,9 @@ class _Hessians:
             _check({name: inner})
             mean_DD = inner.mean()
         if own is None:
-            return Statistics(Hessian(mean_DD.clone(), self.damping))
+            return Hessian(mean_DD.clone(), damping)
         share = own.tokens / (own.tokens + len(mean_DD))
-        return Statistics(Hessian(own.mean().mul_(share).add_(mean_DD, alpha=1.0 - share), self.damping), own.tokens)
+        return Hessian(own.mean().mul_(share).add_(mean_DD, alpha=1.0 - share), damping, own.tokens)
 
 
 def _check(sums: Mapping[str, Accumulator]) -> None:
@@ -344,11 +322,6 @@ def _check(sums: Mapping[str, Accumulator]) -> None:
     if not all_finite(*(each.sum_DD.diagonal() for each in sums.values())):
         name = next(name for name, each in sums.items() if not all_finite(each.sum_DD.diagonal()))
         raise CalibrationError(f"the inputs of {name} contain NaN or Inf: {OTHER_DTYPE}")
-
-
-def sampled(rows: Tensor, before: int, step: int) -> Tensor:
-    """Every ``step``-th row, counted over all batches, of which there were ``before`` in earlier ones."""
-    return rows[-before % step :: step]
 
 
 def routing_notes(block: str, tokens: Mapping[str, int], least: int) -> list[str]:

@@ -34,7 +34,6 @@ class Store:
     def __init__(self, budget: int | None = None, directory: Path | None = None) -> None:
         self.budget, self.directory = budget, directory
         self.held = self.mapped = 0
-        self._known: set[int] = set()
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The tensor, or one with the same numbers in a file, if there is no room left for it.
@@ -43,18 +42,16 @@ class Store:
             ModelError: if the disk fails or is full.
         """
         size = held = tensor.nbytes
-        if self.budget is None or size < SMALLEST_MAPPED or id(tensor) in self._known:
+        if self.budget is None or size < SMALLEST_MAPPED:
             return tensor
         if self.held + size > self.budget:
             tensor, held = self._map(tensor, size), 0
             self.mapped += size
         self.held += held
-        self._known.add(id(tensor))
-        weakref.finalize(tensor, self._forget, id(tensor), held).atexit = False
+        weakref.finalize(tensor, self._release, held).atexit = False
         return tensor
 
-    def _forget(self, key: int, held: int) -> None:
-        self._known.remove(key)
+    def _release(self, held: int) -> None:
         self.held -= held
 
     @property

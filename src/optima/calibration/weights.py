@@ -29,14 +29,10 @@ from optima.models.blocks import Linear, is_expert
 
 # Token weights are s^POWER, row weights r^POWER: the square is the second-order loss, too heavy-tailed to be trusted.
 POWER = 0.5
-# Effective tokens for each input of a linear, at least.
-EFFECTIVE = 8
-# Correlations are scaled by this beyond their reliability, so that no eigenvalue falls below 0.1.
-SHRINKAGE = 0.9
-# Matrices of more rows, one for each linear, would take more memory than all else that waits.
-MOST_ROWS = 4096
-# Row weights estimated from so many tokens are shrunk halfway to their mean.
-FEW_TOKENS = 16
+EFFECTIVE = 8  # effective tokens for each input of a linear, at least
+SHRINKAGE = 0.9  # of correlations, beyond their reliability, so that no eigenvalue falls below 0.1
+MOST_ROWS = 4096  # matrices of more rows, one for each linear, would take more memory than all else that waits
+FEW_TOKENS = 16  # row weights estimated from so many tokens are shrunk halfway to their mean
 
 
 class Moments(NamedTuple):
@@ -59,8 +55,6 @@ class Moments(NamedTuple):
 
     def among(self, count: float) -> Moments:
         """Of ``count`` tokens, of which all others have the mean."""
-        if not self.total:
-            return self._replace(tokens=count)
         mean, others = self.total / self.tokens, count - self.tokens
         return self._replace(tokens=count, total=mean * count, squares=self.squares + others * mean**2)
 

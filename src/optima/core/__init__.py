@@ -8,39 +8,24 @@
         solution = solver.solve(hessian, make_problem(hessian, weight, keep))
 """
 
-from optima.core.certificate import Certificate, certify
-from optima.core.hessian import Hessian
-from optima.core.problem import Correction, Residuals, RowProblem, RowSolution, Status
-from optima.core.solvers import (
-    SOLVERS,
-    Auto,
-    BatchedCholesky,
-    LowRankCG,
-    RowSolver,
-    make_problem,
-    make_solver,
-    solve,
-    solve_rows,
-    solve_with_restarts,
+from optima.core.certificate import Certificate as Certificate, certify as certify
+from optima.core.hessian import Hessian as Hessian
+from optima.core.problem import (
+    Correction as Correction,
+    Residuals as Residuals,
+    RowProblem as RowProblem,
+    RowSolution as RowSolution,
+    Status as Status,
 )
-
-__all__ = [
-    "SOLVERS",
-    "Auto",
-    "BatchedCholesky",
-    "Certificate",
-    "Correction",
-    "Hessian",
-    "LowRankCG",
-    "Residuals",
-    "RowProblem",
-    "RowSolution",
-    "RowSolver",
-    "Status",
-    "certify",
-    "make_problem",
-    "make_solver",
-    "solve",
-    "solve_rows",
-    "solve_with_restarts",
-]
+from optima.core.solvers import (
+    SOLVERS as SOLVERS,
+    Auto as Auto,
+    BatchedCholesky as BatchedCholesky,
+    LowRankCG as LowRankCG,
+    RowSolver as RowSolver,
+    make_problem as make_problem,
+    make_solver as make_solver,
+    solve as solve,
+    solve_rows as solve_rows,
+    solve_with_restarts as solve_with_restarts,
+)

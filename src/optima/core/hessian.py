@@ -61,6 +61,7 @@ class Hessian:
         matrix_DD: X^T X / T, symmetric positive semidefinite, float32 or float64, undamped. Not copied: do not
             change it before the factorisation, which holds a float64 copy of its own.
         damping: ridge relative to the mean diagonal of the live inputs (lambda in SparseGPT's ``percdamp``).
+        tokens: T, for the report.
 
     Attributes:
         diagonal_D: undamped diagonal, float64: the mean square of each input.
@@ -70,7 +71,7 @@ class Hessian:
         RecipeError: if it is not a square float matrix or damping is out of range.
     """
 
-    def __init__(self, matrix_DD: Tensor, damping: float = 0.01) -> None:
+    def __init__(self, matrix_DD: Tensor, damping: float = 0.01, tokens: int = 0) -> None:
         if matrix_DD.ndim != 2 or matrix_DD.shape[0] != matrix_DD.shape[1]:
             raise RecipeError(f"the hessian must be a square matrix, got shape {tuple(matrix_DD.shape)}")
         if matrix_DD.dtype not in (torch.float32, torch.float64):
@@ -82,7 +83,7 @@ class Hessian:
         # Undamped as given until it is factorised, damped float64 from then on: they differ on the diagonal only.
         self._matrix_DD = matrix_DD.detach()
         self.diagonal_D = matrix_DD.detach().diagonal().double().clone()
-        self.requested_damping = damping
+        self.requested_damping, self.tokens = damping, tokens
         self._made: dict[Hashable, Any] = {}
         if matrix_DD.numel():
             self._check()

@@ -9,6 +9,9 @@ Shapes: R rows, D inputs, B inputs of one diagonal block of a triangular factor,
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +47,15 @@ def fixed_directions(count: int, like: Tensor) -> Tensor:
     """The same normally distributed numbers in every run and on every device, (count, D), of the dtype of ``like``."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, len(like), generator=generator, dtype=torch.float64, device="cpu").to(like)
+
+
+def sampling_step(count: int, wanted: int) -> int:
+    """The distance of about ``wanted`` of ``count`` things that reaches all places of a row, of any size.
+
+    Things may be tokens in sequences and batches, or entries of a matrix.
+    """
+    step = max(count // wanted, 1)
+    return next(candidate for candidate in itertools.count(step) if math.gcd(candidate, count) == 1)
 
 
 def keep_freed_memory() -> None:

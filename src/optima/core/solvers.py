@@ -61,8 +61,11 @@ class RowSolver(Protocol):
         ...
 
 
-def solve_with_restarts(hessian: Hessian, problem: RowProblem, inner: Inner, gap: float) -> RowSolution:
-    """Alternate ``inner`` and the certificate until every row's certified gap is at most ``gap`` or stalls."""
+def solve_with_restarts(hessian: Hessian, problem: RowProblem, inner: Inner, gap: float, name: str = "") -> RowSolution:
+    """Alternate ``inner`` and the certificate until every row's certified gap is at most ``gap`` or stalls.
+
+    ``name``: of the solver, for the solution.
+    """
     with full_precision(), torch.no_grad():
         dtype = hessian.working_dtype
         note = "float64 for all rows" if dtype == torch.float64 else ""
@@ -92,24 +95,21 @@ def solve_with_restarts(hessian: Hessian, problem: RowProblem, inner: Inner, gap
                 dtype, note = torch.float64, "float64 for some rows"  # without a count: chunks share their note
             active = active[open_A]
         status_R[active] = Status.ITERATION_LIMIT
-        return RowSolution(weight_RD, best.error_R, best.gap_R, status_R, iterations_R, mask_error_R, note=note)
+        facts = best.error_R, best.gap_R, status_R, iterations_R, mask_error_R
+        return RowSolution(weight_RD, *facts, solver=name, note=note)
 
 
 def _first_round(verifier: Verifier, inner: Inner, unit_R: Tensor) -> tuple[Tensor, Certificate, Tensor, Tensor]:
     """Weights, certificates, iterations and the masks' own errors after one solve from the better start of each row."""
-    masked_RD, *others = _starts(verifier, ALL)
-    residual_RD, error_R = _residual(verifier, masked_RD)
-    mask_error_R, warm_R1 = error_R * unit_R, None
-    for start_RD in others:
-        other_RD, other_R = _residual(verifier, start_RD)
-        warm_R1 = (other_R < error_R)[:, None]
-        residual_RD, error_R = torch.where(warm_R1, other_RD, residual_RD), torch.minimum(other_R, error_R)
-        del start_RD, other_RD
-    del masked_RD, others  # made again below: memory for them would leave less for the solve
+    start_RD, *others = _starts(verifier, ALL)
+    residual_RD, error_R = _residual(verifier, start_RD)
+    mask_error_R = error_R * unit_R
+    for other_RD in others:
+        other_residual_RD, other_R = _residual(verifier, other_RD)
+        better_R1 = (other_R < error_R)[:, None]
+        start_RD = torch.where(better_R1, other_RD, start_RD)
+        residual_RD, error_R = torch.where(better_R1, other_residual_RD, residual_RD), torch.minimum(other_R, error_R)
     correction = inner(Residuals(residual_RD, verifier.mask_RD, error_R))
-    del residual_RD
-    masked_RD, *others = _starts(verifier, ALL)
-    start_RD = masked_RD if warm_R1 is None else torch.where(warm_R1, others[0], masked_RD)
     weight_RD = _stepped(verifier, correction, start_RD, ALL)
     best, iterations_R = verifier(weight_RD), correction.iterations_R
     # Rows that hardly gained: compare with both starts in float64, so that no row ever gets worse.
@@ -176,7 +176,7 @@ class LowRankCG:
             aim = 0.5 * self.gap if residuals.repeated else self.gap
             return conjugate_gradient(hessian, residuals, aim, self.max_iterations)
 
-        return solve_with_restarts(hessian, problem, inner, self.gap)
+        return solve_with_restarts(hessian, problem, inner, self.gap, self.name)
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class BatchedCholesky:
             iterations_R = torch.zeros(len(step_RD), dtype=torch.int32, device=step_RD.device)
             return Correction(step_RD.to(residuals.residual_RD.dtype), iterations_R)
 
-        return solve_with_restarts(hessian, problem, inner, self.gap)
+        return solve_with_restarts(hessian, problem, inner, self.gap, self.name)
 
 
 @dataclass(frozen=True)
@@ -234,19 +234,19 @@ class Auto:
             return self._iterated(hessian, problem)
         direct = BatchedCholesky(self.gap, torch.float32)
         if bool(direct_R.all()):
-            return _named(direct, hessian, problem)
+            return direct.solve(hessian, problem)
         rows = [(~direct_R).nonzero()[:, 0], direct_R.nonzero()[:, 0]]
-        parts = [self._iterated(hessian, problem.rows(rows[0])), _named(direct, hessian, problem.rows(rows[1]))]
+        parts = [self._iterated(hessian, problem.rows(rows[0])), direct.solve(hessian, problem.rows(rows[1]))]
         return _joined(parts, rows)
 
     def _iterated(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
-        found = _named(LowRankCG(self.gap), hessian, problem)
+        found = LowRankCG(self.gap).solve(hessian, problem)
         open_R = found.status_R != Status.CONVERGED
         if not bool(open_R.any()):
             return found
         rows = [(~open_R).nonzero()[:, 0], open_R.nonzero()[:, 0]]
         begun = found.rows(rows[1])
-        direct = _named(BatchedCholesky(self.gap), hessian, replace(problem.rows(rows[1]), start_RD=begun.weight_RD))
+        direct = BatchedCholesky(self.gap).solve(hessian, replace(problem.rows(rows[1]), start_RD=begun.weight_RD))
         direct = replace(direct, iterations_R=begun.iterations_R, solver=f"{direct.solver}+{found.solver}")
         return _joined([found.rows(rows[0]), direct], rows)
 
@@ -270,10 +270,6 @@ class Auto:
 def _joined(parts: list[RowSolution], rows: list[Tensor]) -> RowSolution:
     """One solution of all rows, in order, of ``parts`` that have these each."""
     return concatenate(parts).rows(torch.cat(rows).argsort())
-
-
-def _named(solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:
-    return replace(solver.solve(hessian, problem), solver=solver.name)
 
 
 def make_problem(hessian: Hessian, target_RD: Tensor, keep_RD: Tensor, start_RD: Tensor | None = None) -> RowProblem:
@@ -323,18 +319,8 @@ SOLVERS: dict[str, Callable[[float], RowSolver]] = {
 
 
 def make_solver(name: str, gap: float) -> RowSolver | None:
-    """The solver called ``name`` that stops at certified relative gap ``gap``; None for ``none``.
-
-    Raises:
-        RecipeError: if the name is unknown or the gap is not positive.
-    """
-    if not gap > 0:
-        raise RecipeError(f"gap must be positive, got {gap}: for example 1e-4")
-    if name == "none":
-        return None
-    if name not in SOLVERS:
-        raise RecipeError(f"unknown solver {name!r}: known solvers are {', '.join(SOLVERS)}, none")
-    return SOLVERS[name](gap)
+    """The solver called ``name`` that stops at certified relative gap ``gap``; None for ``none``."""
+    return None if name == "none" else SOLVERS[name](gap)
 
 
 def solve_rows(solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:

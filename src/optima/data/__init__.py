@@ -1,1 +1,1 @@
-"""Calibration data: text files and hub datasets, token sequences, generated text, batches of the caller."""
+"""Calibration data: text files and hub datasets, token sequences, generated text."""

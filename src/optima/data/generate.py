@@ -40,7 +40,6 @@ def generate_tokens(
     *,
     seed: int,
     device: torch.device,
-    memory: int | None = None,
     ranks: Ranks = ALONE,
     progress: Callable[[float], object] = float,
 ) -> Tensor:
@@ -56,7 +55,6 @@ def generate_tokens(
         num_special: special tokens at the beginning of each sequence, such as BOS.
         seed: of the pieces and of the sampling.
         device: where to generate.
-        memory: bytes for the KV cache of a batch, in main memory; None: no limit.
         ranks: the processes that share the batches; all of them return all sequences.
         progress: called with the share of this process's tokens that is done.
 
@@ -105,10 +103,9 @@ def generate_tokens(
         try:
             with memory_explained("the whole model must fit to generate calibration data: --self-generated 0"):
                 nn.Module.to(model, device)
-            most = None if memory is None else max(memory // max(_cache_bytes(model, prompt_NC, length), 1), 1)
             parts: list[Tensor] = []
             for first in own:
-                parts += batch_size.map(min(BATCH, count - first), partial(generate, first), most=most)
+                parts += batch_size.map(min(BATCH, count - first), partial(generate, first))
         finally:
             model.generation_config = own_settings
             nn.Module.to(model, home)
@@ -123,13 +120,6 @@ def _prompts(read_NL: Tensor, count: int, num_special: int, seed: int) -> Tensor
     generator = torch.Generator().manual_seed(seed)
     first_N1 = torch.randint(num_special, length - piece + 1, (count, 1), generator=generator)
     return torch.cat([source_NL[:, :num_special], source_NL.gather(1, first_N1 + torch.arange(piece))], dim=1)
-
-
-def _cache_bytes(model: PreTrainedModel, prompt_NC: Tensor, length: int) -> int:
-    """Bytes of the keys and values of one sequence, from those of a prompt; 0 for a model without attention."""
-    cache = getattr(model(prompt_NC[:1].to(model.device), use_cache=True), "past_key_values", None)
-    tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
-    return sum(int(each.nbytes) for each in tensors if each is not None) * length // prompt_NC.shape[1]
 
 
 class _Sample(LogitsProcessor):

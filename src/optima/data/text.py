@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from optima.errors import CalibrationError
 
 SEPARATOR = "\n\n"
-# Tokenised at once: so many documents keep every core busy; so many characters take about a gigabyte.
-BATCH_DOCUMENTS, MOST_AT_ONCE = 64, 2**22
+BATCH, CHARACTERS = 64, 2**16  # tokenised at once, to keep every core busy: pieces of text, and the longest of them
 
 
 class SpecialTokens(NamedTuple):
@@ -61,7 +60,7 @@ def calibration_tokens(
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Texts that are tokenised at once; one that is long is cut after ends of lines, for tokens take memory."""
+    """Texts that are tokenised at once."""
     batch: list[str] = []
     for text in documents:
         if not isinstance(text, str):
@@ -69,23 +68,14 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
                 f"documents must be texts, got {type(text).__name__}: give token ids as a tensor of shape (samples, "
                 "length)"
             )
-        for piece in pieces(text, SEPARATOR) if text and not text.isspace() else ():
-            batch.append(piece)
-            if len(batch) == BATCH_DOCUMENTS or sum(map(len, batch)) >= MOST_AT_ONCE:
+        whole = "" if text.isspace() else text + SEPARATOR
+        for begin in range(0, len(whole) if text else 0, CHARACTERS):
+            batch.append(whole[begin : begin + CHARACTERS])
+            if len(batch) == BATCH:
                 yield batch
                 batch = []
     if batch:
         yield batch
-
-
-def pieces(text: str, suffix: str = "") -> Iterator[str]:
-    """The text and ``suffix``, in pieces that end with a line if it is long: tokens at a cut may be others."""
-    begin = 0
-    while len(text) - begin > MOST_AT_ONCE:
-        end = text.rfind("\n", begin, begin + MOST_AT_ONCE) + 1 or begin + MOST_AT_ONCE
-        yield text[begin:end]
-        begin = end
-    yield text[begin:] + suffix
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:

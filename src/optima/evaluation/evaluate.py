@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.console import pace
 from optima.data.datasets import load_documents
 from optima.data.text import data_hash
 from optima.device import describe_device, dtype_name, find_device, memory_explained
 from optima.errors import ModelError, RecipeError
 from optima.evaluation.compare import compare, estimate
-from optima.evaluation.perplexity import PROTOCOLS, WindowMeans, evaluation_windows, measure_windows
+from optima.evaluation.perplexity import PROTOCOLS, evaluation_windows, measure_windows
 from optima.evaluation.record import ComparisonRecord, DivergenceRecord, Evaluation, ModelRecord, PerplexityRecord
 from optima.evaluation.tasks import BATCH_SIZE, find_items, load_tasks, zero_shot
 from optima.models.load import Source, find_source, load_model, load_tokenizer
@@ -27,7 +26,6 @@ from optima.reporting.record import library_versions
 from optima.stopping import interruptible, stop_if_asked
 
 REMEDY = "lower --batch-size, leave --divergence out (it keeps two models in memory), or use --device cpu"
-PROGRESS_SECONDS = 30.0
 
 
 def evaluate(
@@ -102,7 +100,7 @@ def evaluate(
                 started, loss_N = time.perf_counter(), torch.zeros(0)
                 record = ModelRecord(source.name, source.commit, dtype_name(model.dtype), 0.0)
                 if dataset:
-                    means = _measure(model, tokens_NL, reference, batch_size or 1, log)
+                    means = measure_windows(model, tokens_NL, reference, batch_size=batch_size or 1, log=log)
                     loss_N, (num_windows, length) = means.loss_N, tokens_NL.shape
                     text = (protocol, num_windows, length, data_hash(tokens_NL), revision)
                     record = replace(
@@ -141,26 +139,6 @@ def _check(
     for name in ("max_windows", "task_limit", "batch_size"):
         if others[name] is not None and others[name] < 1:
             raise RecipeError(f"{name} must be at least 1, got {others[name]}")
-
-
-def _measure(
-    model: PreTrainedModel,
-    tokens_NL: Tensor,
-    reference: PreTrainedModel | None,
-    batch_size: int,
-    log: Callable[[str], object],
-) -> WindowMeans:
-    """Measure the windows with a line of progress from time to time."""
-    started = last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= PROGRESS_SECONDS:
-            last = now
-            log(f"window {done}/{total}  {pace(now - started, (now - started) / done * (total - done))}")
-
-    return measure_windows(model, tokens_NL, reference, batch_size=batch_size, progress=progress)
 
 
 def _compare(first: tuple[ModelRecord, Tensor], other: tuple[ModelRecord, Tensor]) -> ComparisonRecord:

@@ -12,6 +12,7 @@ Shapes: N windows, B windows in a batch, L tokens in each, C consecutive positio
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from itertools import islice
@@ -24,7 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.activations import agree
 from optima.calibration.lm_head import positions_of_slices, sliced_logits
-from optima.data.text import SEPARATOR, SpecialTokens, pack, pieces, special_tokens, text_length, token_ids
+from optima.console import pace
+from optima.data.text import SEPARATOR, SpecialTokens, pack, special_tokens, text_length, token_ids
 from optima.device import evaluating
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError, NumericalError
 from optima.models.inputs import forward
@@ -33,6 +35,7 @@ from optima.models.inspect import check_length, check_vocabulary, is_encoder_dec
 PROTOCOLS = ("windows", "sparsegpt")
 FIRST_DOCUMENTS = 64  # read first where the number of windows is limited, and doubled until they are enough
 MARGIN = 64  # tokens after the last window, since the last ones may merge with the next document
+PROGRESS_SECONDS = 30.0  # between two lines
 PROBE_LENGTH = 8  # tokens of the test for a causal model
 
 
@@ -57,7 +60,7 @@ def evaluation_windows(
     rest, texts, ids = iter(documents), list[str](), list[int]()
     while len(ids) < enough and (more := list(islice(rest, max(len(texts), FIRST_DOCUMENTS)))):
         texts += more if max_windows is not None else [*more, *rest]
-        ids = [number for piece in pieces(SEPARATOR.join(texts)) for number in token_ids([piece], tokenizer)[0]]
+        (ids,) = token_ids([SEPARATOR.join(texts)], tokenizer)
     if protocol == "sparsegpt":
         ids, special = [*special.before, *ids], SpecialTokens([], [])
     if len(ids) < length:
@@ -88,7 +91,7 @@ def measure_windows(
     reference: PreTrainedModel | None = None,
     *,
     batch_size: int = 1,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    log: Callable[[str], object] = lambda line: None,
 ) -> WindowMeans:
     """Loss of a causal language model on each window, and its divergence from ``reference``, on the model's device.
 
@@ -97,7 +100,7 @@ def measure_windows(
         tokens_NL: token ids, integer.
         reference: on the same device.
         batch_size: windows in one forward pass.
-        progress: called with the number of windows that are done, and of all.
+        log: called with a line of progress from time to time.
 
     Raises:
         CalibrationError: if the model has no embedding for a token.
@@ -106,6 +109,7 @@ def measure_windows(
     """
     sums_3N = torch.zeros(3, len(tokens_NL), dtype=torch.float64, device="cpu")
     models = [model] if reference is None else [model, reference]
+    started = shown = time.monotonic()
     with torch.no_grad(), ExitStack() as modes:
         for each in models:
             modes.enter_context(evaluating(each))
@@ -129,19 +133,15 @@ def measure_windows(
             for window, value in enumerate(sums_3N[:, rows].sum(dim=0).tolist(), first):
                 if not math.isfinite(value):
                     raise NumericalError(f"the loss of window {window} is {value}: {OTHER_DTYPE}")
-            progress(min(rows.stop, len(tokens_NL)), len(tokens_NL))
+            done, now = min(rows.stop, len(tokens_NL)), time.monotonic()
+            if now - shown >= PROGRESS_SECONDS:
+                shown, left = now, (now - started) / done * (len(tokens_NL) - done)
+                log(f"window {done}/{len(tokens_NL)}  {pace(now - started, left)}")
     return WindowMeans(*(sums_3N / (tokens_NL.shape[1] - 1)))
 
 
-def perplexity(
-    model: PreTrainedModel, tokens_NL: Tensor, *, device: torch.device | str | None = None, batch_size: int = 1
-) -> float:
-    """exp(mean of -log p(next token)), infinite where that overflows; errors as of ``measure_windows``.
-
-    ``device``: where the model is moved to; None keeps its own.
-    """
-    if device is not None:
-        model.to(device)  # type: ignore[arg-type]
+def perplexity(model: PreTrainedModel, tokens_NL: Tensor, *, batch_size: int = 1) -> float:
+    """exp(mean of -log p(next token)), infinite where that overflows; errors as of ``measure_windows``."""
     return measure_windows(model, tokens_NL, batch_size=batch_size).loss_N.mean().exp().item()
 
 

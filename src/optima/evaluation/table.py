@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from optima.evaluation.record import Estimate, Evaluation
 from optima.reporting.markdown import table
 
@@ -69,19 +67,6 @@ def render_evaluation(found: Evaluation) -> str:
         num_left=3,
     )
     return "\n\n".join([*parts, f"Measured {found.created} on {found.device}."])
-
-
-def headline(found: Evaluation, directory: Path) -> list[tuple[str, str, str]]:
-    """Label, value and detail of the perplexity of the model in ``directory``, for the report page."""
-    name, first = directory.resolve().name, found.models[0]
-    # The last of that name: the dense model, which may have the same name elsewhere, is first.
-    mine = [each for each in found.models if Path(each.model).expanduser().resolve().name == name]
-    if not mine or (text := mine[-1].perplexity) is None:
-        return []
-    label, detail = f"perplexity, {text.windows} x {text.length} tokens ({text.data_hash[:6]})", ""
-    if mine[-1] is not first and first.perplexity is not None:
-        detail = f"{first.perplexity.perplexity:.2f} of {first.model}"
-    return [(label, f"{text.perplexity:.2f}", detail)]
 
 
 def _cell(estimate: Estimate | None, form: str) -> str:

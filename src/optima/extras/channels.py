@@ -27,6 +27,7 @@ from optima.device import full_precision
 from optima.models.blocks import Block, Linear, linears_of
 from optima.names import kind
 from optima.patterns import NM
+from optima.selectors.ranking import kth_lowest
 
 Kind = Literal["mlp", "heads"]
 Saliency = Callable[[Tensor], Tensor]  # from rotations, (H, W, W), to the saliencies after them, (..., W) or (..., D)
@@ -37,9 +38,7 @@ UP = re.compile(AT + r"(gate_proj|up_proj|gate_up_proj|w1|w3|fc1|fc_in|c_fc|dens
                 r"intermediate\.dense)")  # fmt: skip
 DOWN = re.compile(AT + r"(down_proj|w2|fc2|fc_out|c_proj|dense_4h_to_h|lin2|wo|Wo|output\.dense)")
 VALUE = re.compile(AT + r"(self\.)?(v_proj|v_lin|value|v)")
-# All queries, then all keys and values; or a group of queries, their key and their value, then the next group.
-FUSED = re.compile(AT + r"(qkv_proj|c_attn|Wqkv|qkv)")
-GROUPED = re.compile(AT + r"(query_key_value)")
+FUSED = re.compile(AT + r"(qkv_proj|c_attn|Wqkv|qkv)")  # all queries, then all keys and values
 OUT = re.compile(AT + r"(o_proj|out_proj|out_lin|c_proj|o|wo|Wo|dense|output\.dense)")
 
 # Most that the block's change of its inputs may differ, relative to itself, a root mean square. It was at most 6e-6 in
@@ -117,13 +116,8 @@ def _bias_of(linear: Linear) -> Tensor | None:
     return None if fused is None else fused.detach()[expert.expert]
 
 
-def find_channels(block: Block, num_heads: int | None) -> list[list[list[Channels]]]:
-    """Those inside the block's MLPs, experts and attention.
-
-    Returns:
-        ``[module][layout][expert]``: the experts of a mixture are one module, which is tested in each layout that the
-        shapes allow.
-    """
+def find_channels(block: Block, num_heads: int | None) -> list[list[Channels]]:
+    """Those inside the block's MLPs and attention, by module; the experts of a mixture are one module."""
     linears = {}
     for linear in linears_of(block.module, block.name):
         name = linear.name.removeprefix(f"{block.name}.")
@@ -142,45 +136,36 @@ def find_channels(block: Block, num_heads: int | None) -> list[list[list[Channel
 
     downs, outs = called(DOWN), called(OUT)
     found = [_mlp(at, ups, downs[at][0]) for at, ups in called(UP).items() if at in downs]
-    for pattern in (VALUE, FUSED, GROUPED) if num_heads else ():
+    for pattern in (VALUE, FUSED) if num_heads else ():
         values = called(pattern)
         found += [_heads(at, values[at][0], outs[at][0], pattern, num_heads or 1) for at in values if at in outs]
-    modules: dict[tuple[Kind, str], list[list[Channels]]] = {}
-    for layouts in found:
-        if layouts:
-            modules.setdefault((layouts[0].kind, kind(layouts[0].name)), []).append(layouts)
-    return [[list(layout) for layout in zip(*experts, strict=False)] for experts in modules.values()]
+    modules: dict[tuple[Kind, str], list[Channels]] = {}
+    for channels in found:
+        if channels is not None:
+            modules.setdefault((channels.kind, kind(channels.name)), []).append(channels)
+    return list(modules.values())
 
 
-def _mlp(at: str, ups: Sequence[Linear], down: Linear) -> list[Channels]:
-    """Gates come in a linear of their own, before the other outputs, or alternating with them."""
+def _mlp(at: str, ups: Sequence[Linear], down: Linear) -> Channels | None:
+    """Gates come in a linear of their own, or before the other outputs."""
     width = down.shape[1]
     outputs = {up.shape[0] for up in ups}
     if outputs not in ({width}, {2 * width}):
-        return []
-    layouts = [torch.arange(*outputs).view(-1, width)]
-    if outputs == {2 * width}:
-        layouts.append(torch.arange(2 * width).view(width, 2).mT)
-    read_HCW = torch.arange(width).view(1, 1, width)
-    return [Channels("mlp", at, {up.name: index_CW[None] for up in ups}, down.name, read_HCW) for index_CW in layouts]
+        return None
+    written_HCW = torch.arange(*outputs).view(1, -1, width)
+    return Channels("mlp", at, {up.name: written_HCW for up in ups}, down.name, torch.arange(width).view(1, 1, width))
 
 
-def _heads(at: str, value: Linear, out: Linear, pattern: re.Pattern[str], num_heads: int) -> list[Channels]:
+def _heads(at: str, value: Linear, out: Linear, pattern: re.Pattern[str], num_heads: int) -> Channels | None:
     inputs, outputs = out.shape[1], value.shape[0]
     # Queries are as many as the inputs of the output projection, keys as many as values.
     width = inputs // num_heads
     values = outputs if pattern is VALUE else (outputs - inputs) // 2
     heads = values // max(width, 1)
     if inputs % num_heads or heads < 1 or heads * width != values or num_heads % heads:
-        return []
-    copies = num_heads // heads
-    first, stride = {
-        VALUE: (0, width),
-        FUSED: (inputs + values, width),
-        GROUPED: ((copies + 1) * width, (copies + 2) * width),
-    }[pattern]
-    written_HCW = first + stride * torch.arange(heads).view(-1, 1, 1) + torch.arange(width)
-    return [Channels("heads", at, {value.name: written_HCW}, out.name, torch.arange(inputs).view(heads, copies, width))]
+        return None
+    written_HCW = (0 if pattern is VALUE else inputs + values) + torch.arange(values).view(heads, 1, width)
+    return Channels("heads", at, {value.name: written_HCW}, out.name, torch.arange(inputs).view(heads, -1, width))
 
 
 @torch.no_grad()
@@ -211,7 +196,7 @@ def difference(block: Block, channels: Sequence[Channels], acts: Activations) ->
         return expected
 
     with full_precision():
-        acts.run(block, 0, slice(0, 1) if acts.probe.divisible else None, call)
+        acts.run(block, 0, slice(0, 1), call)
     error_E, change_E, entered_E = (each.square().mean(dim=0).sqrt() for each in found)
     error_E = error_E - ROUNDINGS * torch.finfo(torch.float32).eps * entered_E
     # Channel by channel: a few of them are much larger than all others.
@@ -362,17 +347,7 @@ def _orthogonal(skew_HWW: Tensor) -> Tensor:
 
 def _pruned(saliency: Saliency, pattern: NM, rotation_HWW: Tensor) -> Tensor:
     """The saliency that the pattern prunes after a rotation."""
-    group = saliency(rotation_HWW).unflatten(-1, (-1, pattern.m))
-    threshold = _kth_lowest(group.detach(), pattern.m - pattern.n)
-    pruned: Tensor = torch.where(group <= threshold, group, 0.0)
+    group_GM = saliency(rotation_HWW).reshape(-1, pattern.m)
+    threshold_G1 = kth_lowest(group_GM.detach(), pattern.m - pattern.n)
+    pruned: Tensor = torch.where(group_GM <= threshold_G1, group_GM, 0.0)
     return pruned.sum()
-
-
-def _kth_lowest(group: Tensor, k: int) -> Tensor:
-    """Of the last dimension, which is kept; a fifth of the time of ``kthvalue`` on such small groups."""
-    rest: list[Tensor] = list(group.movedim(-1, 0).contiguous())
-    for _ in range(k):
-        lowest = rest.pop()
-        for place, other in enumerate(rest):
-            rest[place], lowest = torch.maximum(other, lowest), torch.minimum(other, lowest)
-    return lowest[..., None]

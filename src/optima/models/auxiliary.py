@@ -1,13 +1,11 @@
 """The auxiliary files of a model that transformers, sentence-transformers and the hub know by name.
 
-Nothing else is copied, no other directories, and nothing through a link that leaves the model: what is copied may be
-published. Code is copied only if it was trusted.
+Nothing else is copied: what is copied may be published. Code is copied only if it was trusted.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from optima.files import explain_write_errors
 from optima.models.load import AUXILIARY, CODE, README, Source
 
-_logger = logging.getLogger("optima")
-
 TOKENIZER = "tokenizer.json"  # of the tokenizers library
-CODE_MAP = "auto_map"  # of configurations: the classes of a checkpoint's own code
 # What of its head is true of the pruned model too; the card is made at the end of a run (reporting/model_card.py).
 CARD_KEYS = (
     *("license", "license_name", "license_link", "base_model", "tags", "language"),
@@ -40,9 +35,7 @@ def copy_auxiliary_files(source: Source, directory: Path) -> None:
     origin, code = Path(source.path), [CODE] if source.trust_remote_code else []
     with explain_write_errors(directory):
         for file in sorted({file for pattern in (*AUXILIARY, *code) for file in origin.glob(pattern)}):
-            if not _inside(file, origin):
-                _logger.warning("%s is a link that leaves the model's directory and is not copied", file)
-            elif file.is_file():
+            if file.is_file():
                 copy = directory / file.relative_to(origin)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
@@ -56,8 +49,7 @@ def copy_auxiliary_files(source: Source, directory: Path) -> None:
 
 def copies_tokenizer(source: Source) -> bool:
     """Whether ``copy_auxiliary_files`` copies the whole tokenizer."""
-    file = Path(source.path, TOKENIZER)
-    return source.gguf_file is None and file.is_file() and _inside(file, Path(source.path))
+    return source.gguf_file is None and Path(source.path, TOKENIZER).is_file()
 
 
 def to_save(
@@ -71,20 +63,8 @@ def to_save(
 
 
 def forget_missing_code(directory: Path) -> None:
-    """Remove from configurations the names of code that is neither in ``directory``, since nobody trusted it, nor on
-    the hub: transformers would not load the model where remote code is allowed.
-    """
-    if any(directory.glob(CODE)):
-        return
-    for file in directory.glob("*config.json"):
+    """Remove from configurations the names of code that was not copied: transformers would look for it."""
+    for file in directory.glob("*config.json") if not any(directory.glob(CODE)) else ():
         content = json.loads(file.read_text(encoding="utf-8"))
-        if (code := content.pop(CODE_MAP, None)) and "--" not in json.dumps(code):
+        if content.pop("auto_map", None):
             file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _inside(file: Path, origin: Path) -> bool:
-    """True if ``file`` is below ``origin`` itself or, in a snapshot of the hub's cache, in the same repository."""
-    home = origin.resolve()
-    if home.parent.name == "snapshots":
-        home = home.parent.parent
-    return file.resolve().is_relative_to(home)

@@ -117,11 +117,6 @@ class Writer:
         """What this and earlier runs made of what was there, for the report."""
         return list(dict.fromkeys(line["note"] for line in self.journal.lines if "note" in line))
 
-    def note(self, text: str) -> None:
-        """Remember a note for the report, also for that of a later run which goes on."""
-        with explain_write_errors(self.journal.file):
-            self.journal.append({"note": text})
-
     def _resume(self) -> None:
         """Find the blocks that count, and note what does not."""
         problem = self.journal.problem

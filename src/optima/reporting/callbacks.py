@@ -1,4 +1,4 @@
-"""Events of a run: the callback interface, the progress display, and experiment trackers."""
+"""Events of a run: the callback interface and the progress display."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from optima.console import OwnConsole, pace, printable, say
-from optima.errors import RecipeError
-from optima.names import kind
-from optima.reporting.record import BlockRecord, LinearRecord, Report, geometric_mean, largest
+from optima.reporting.record import BlockRecord, LinearRecord, Report, geometric_mean
 
 PROGRESS_SECONDS = 30.0  # at least, between two lines within a stage, outside a terminal
 STAGES = {
@@ -25,7 +23,6 @@ STAGES = {
     "gradients": "gradient pass",
     "sensitivity": "sensitivity pass",
     "permute": "permuting channels",
-    "rotate": "rotating value heads",
     "prune": "pruning",
 }
 
@@ -55,7 +52,7 @@ class BlockEvent:
     left: float  # seconds of the others, each taking the mean time; NaN until this run has done one block
     resumed: bool = False  # an earlier run did this block
     record: BlockRecord | None = None  # of a pruned block
-    linears: tuple[LinearRecord, ...] = ()  # of a resumed block, for which ``on_linear`` is not called
+    linears: tuple[LinearRecord, ...] = ()  # of a pruned block
 
 
 class Callback:
@@ -75,9 +72,6 @@ class Callback:
 
     def on_progress(self, fraction: float, elapsed: float, left: float) -> None:
         """``fraction`` (0 to 1) of a stage without blocks is done, after ``elapsed`` seconds; ``left`` is estimated."""
-
-    def on_linear(self, linear: LinearRecord) -> None:
-        """A linear is pruned; tuning may still change its weights."""
 
     def on_block(self, block: BlockEvent) -> None:
         """A block is done; a pruned block is on disk if the run writes a checkpoint."""
@@ -126,23 +120,19 @@ class Callbacks:
         elapsed = self._clock() - self._began
         self._call("on_progress", fraction, elapsed, elapsed / fraction * (1.0 - fraction))
 
-    def linear(self, record: LinearRecord) -> None:
-        """A linear is pruned."""
-        self._call("on_linear", record)
-
     def block(
-        self, name: str, record: BlockRecord | None = None, resumed: Sequence[LinearRecord] | None = None
+        self, name: str, record: BlockRecord | None = None, linears: Sequence[LinearRecord] = (), resumed: bool = False
     ) -> None:
-        """The next block is done; ``resumed``: its linears, if an earlier run did it."""
+        """The next block is done; ``resumed``: by an earlier run."""
         now, left = self._clock(), math.nan
         self._done += 1
-        if resumed is not None:
+        if resumed:
             self._own_began = now  # resumed blocks are quick and say nothing about the others
         else:
             self._own += 1
             left = (now - self._own_began) / self._own * (self._total - self._done)
         place = self._stage, name, self._done, self._total, now - self._began, left
-        self._call("on_block", BlockEvent(*place, resumed is not None, record, tuple(resumed or ())))
+        self._call("on_block", BlockEvent(*place, resumed, record, tuple(linears)))
 
     def notes(self, notes: Sequence[str]) -> None:
         """All notes so far; callbacks get the new ones."""
@@ -208,9 +198,6 @@ class Progress(Callback):
             self._shown = elapsed
             say(self._console, self._line)
 
-    def on_linear(self, linear: LinearRecord) -> None:
-        self._errors.append(linear.error)
-
     def on_block(self, block: BlockEvent) -> None:
         self._errors.extend(linear.error for linear in block.linears)
         error = f"  mean error {geometric_mean(self._errors):.4f}" if self._errors else ""
@@ -229,76 +216,3 @@ class Progress(Callback):
 def make_progress() -> Progress:
     """Progress on stderr; no colour setting of the environment makes a file or a pipe draw."""
     return Progress(OwnConsole(stderr=True, force_interactive=None if sys.stderr.isatty() else False))
-
-
-class Trackers(Callback):
-    """Logs one point per block to experiment trackers of ``accelerate``: errors and gaps by kind of linear, tuning.
-
-    The project is ``optima``; files of TensorBoard go to ``runs/optima``.
-
-    Args:
-        names: as ``accelerate`` has them: tensorboard, wandb, trackio ...
-
-    Raises:
-        RecipeError: if a name is unknown, or its package is not installed.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        from accelerate.tracking import filter_trackers
-
-        try:
-            self._names = [str(name) for name in filter_trackers(list(names), "runs")]
-        except ValueError as error:
-            raise RecipeError(f"--report-to: {error}") from error
-        if missing := set(names) - set(self._names):
-            raise RecipeError(f"--report-to {' '.join(sorted(missing))}: the package is not installed: pip install it")
-        self._trackers: list[Any] = []
-        self._linears: list[LinearRecord] = []
-        self._step = 0
-
-    def on_start(self, start: RunStart) -> None:
-        from accelerate import PartialState
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        PartialState()  # which its log messages need
-        config = {"model": start.model, "device": start.device} | start.recipe
-        plain = {key: value if isinstance(value, int | float) else str(value) for key, value in config.items()}
-        for make in map(LOGGER_TYPE_TO_CLASS.__getitem__, self._names):
-            tracker = make("optima", *(["runs"] if make.requires_logging_directory else []))
-            tracker.start()
-            tracker.store_init_configuration(plain)
-            self._trackers.append(tracker)
-
-    def on_linear(self, linear: LinearRecord) -> None:
-        self._linears.append(linear)
-
-    def on_block(self, block: BlockEvent) -> None:
-        if block.record is None:
-            return
-        self._step += 1  # over all stacks: ``done`` begins anew with each
-        if block.resumed:
-            return
-        values = {"block/seconds": sum(block.record.seconds.values())}
-        for name in dict.fromkeys(kind(linear.part) for linear in self._linears):
-            linears = [linear for linear in self._linears if kind(linear.part) == name]
-            values[f"error/{name}"] = geometric_mean(linear.error for linear in linears)
-            if (gap := largest(linear.gap_max for linear in linears)) is not None:
-                values[f"gap/{name}"] = gap
-        if block.record.tuning:
-            values["tuning/before"] = block.record.tuning[0]
-            values["tuning/kept"] = block.record.tuning[block.record.tuning_epoch]
-        self._linears = []
-        self._log(values)
-
-    def on_end(self, report: Report) -> None:
-        self._log(
-            {"run/sparsity": report.sparsity, "run/error": report.error_geomean, "run/seconds": report.run.seconds}
-        )
-
-    def _log(self, values: dict[str, float]) -> None:
-        for tracker in self._trackers:
-            tracker.log(values, step=self._step)
-
-    def close(self, error: BaseException | None) -> None:
-        for tracker in self._trackers:
-            tracker.finish()

@@ -46,12 +46,6 @@ def _shape(linears: Linears) -> str:
     return shapes.pop() if len(shapes) == 1 else ""
 
 
-def _iterations(linears: Linears) -> str:
-    rows = rows_solved(linears)
-    total = sum(linear.iterations_mean * linear.rows for linear in linears if linear.solved)
-    return f"{total / rows:.1f} ({max(linear.iterations_max for linear in linears)})" if rows else ""
-
-
 def _selector(linears: Linears) -> str:
     differs = any(linear.error_selector != linear.error_mask for linear in linears)
     return error(mean(linears, "error_selector")) if differs else ""
@@ -72,8 +66,6 @@ COLUMNS: dict[str, Callable[[Linears], str]] = {
     "change": lambda ls: change(mean(ls, "error_selector"), mean(ls, "error")) if rows_solved(ls) else "",
     "gap": lambda ls: gap(largest(linear.gap_max for linear in ls)),
     "gap written": _gap_written,
-    "iterations (max)": _iterations,
-    "not converged": lambda ls: str(sum(linear.rows_not_converged for linear in ls) or ""),
     "seconds": lambda ls: f"{sum(linear.seconds for linear in ls):.2f}",
 }
 

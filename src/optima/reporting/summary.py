@@ -21,7 +21,6 @@ MIN_TOKENS_PER_INPUT = 4
 NO_NOTES = "None: no linear was skipped and no setting was changed during the run."
 
 Linears = Sequence[LinearRecord]
-Figure = tuple[str, str, str]  # label, value, detail
 
 
 def render_summary(report: Report) -> str:
@@ -61,17 +60,12 @@ def _errors(linears: Linears) -> str:
     steps = [f"{error(mean(linears, 'error_mask'))} with the mask alone"]
     if any(linear.error_selector != linear.error_mask for linear in linears):
         steps.append(f"{error(mean(linears, 'error_selector'))} with the selector's weights")
-    by = f" ({text})" if (text := _versus_selector(linears)) else ""
-    when = "after the solve, before tuning" if num_tuned(linears) else "in the result"
-    return f"Mean relative layer error: {', '.join(steps)}, **{error(mean(linears, 'error'))} {when}**{by}."
-
-
-def _versus_selector(linears: Linears) -> str:
     selector, result = mean(linears, "error_selector"), mean(linears, "error")
-    if not rows_solved(linears) or not selector or not math.isfinite(result / selector):
-        return ""
-    ratio = result / selector - 1
-    return f"{abs(ratio):.1%} {'lower' if ratio < 0 else 'higher'} than the selector's weights"
+    by = ""
+    if rows_solved(linears) and selector and math.isfinite(ratio := result / selector - 1):
+        by = f" ({abs(ratio):.1%} {'lower' if ratio < 0 else 'higher'} than the selector's weights)"
+    when = "after the solve, before tuning" if num_tuned(linears) else "in the result"
+    return f"Mean relative layer error: {', '.join(steps)}, **{error(result)} {when}**{by}."
 
 
 def _certificate(report: Report) -> list[str]:
@@ -129,11 +123,6 @@ def _tuning(report: Report) -> list[str]:
     return lines
 
 
-def _off_target(linear: LinearRecord) -> bool:
-    off = abs(linear.sparsity - linear.sparsity_asked) * linear.size
-    return 0 < linear.sparsity < 1 and off > max(linear.rows, 1)  # counts are rounded in each row or group
-
-
 def _warnings(report: Report) -> list[str]:
     tests: dict[str, Callable[[LinearRecord], bool]] = {
         f"{report.rows_not_converged:,} rows did not converge and keep the best weights found": (
@@ -143,31 +132,12 @@ def _warnings(report: Report) -> list[str]:
             lambda linear: linear.solved and linear.error > linear.error_selector + CAST_ALLOWANCE
         ),
         "the error is not a finite number": lambda linear: not math.isfinite(linear.error),
-        "every weight is pruned": lambda linear: linear.sparsity == 1,
-        "no weight is pruned": lambda linear: linear.sparsity == 0,
-        "the sparsity as written is not the requested one": _off_target,
         f"fewer than {MIN_TOKENS_PER_INPUT} calibration tokens per input; use more samples": (
             lambda linear: linear.tokens < MIN_TOKENS_PER_INPUT * linear.shape[1]
         ),
     }
     found = {text: [linear.name for linear in report.linears if test(linear)] for text, test in tests.items()}
     return [f"**Warning:** {text}: {names_of(names)}." for text, names in found.items() if names]
-
-
-def figures(report: Report) -> list[Figure]:
-    """The headline figures of the page."""
-    run, tuned = report.run, num_tuned(report.linears) > 0
-    label = "mean layer error" + (" before tuning" if tuned else "")
-    rows: list[Figure] = [
-        ("sparsity", f"{report.sparsity:.2%}", f"requested {_asked(report):.2%}"),
-        (label, error(report.error_geomean), _versus_selector(report.linears)),
-    ]
-    if tuned:
-        rows.append(("certified gap before tuning", gap(report.gap_max) or "–", "tuned weights carry no certificate"))
-    elif report.gap_max is not None:
-        rows.append(("largest certified gap", gap(report.gap_written_max), f"{gap(report.gap_max)} before the cast"))
-    rows.append(("time", duration(run.seconds), ""))
-    return [*rows, ("peak memory", num_bytes(run.peak_memory_bytes), run.device)]
 
 
 def run_facts(report: Report) -> list[tuple[str, str]]:

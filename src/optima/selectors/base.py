@@ -13,7 +13,6 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from optima.core.hessian import Hessian
-from optima.core.statistics import Statistics
 from optima.errors import RecipeError
 from optima.patterns import Pattern, Scope
 
@@ -25,7 +24,7 @@ class LinearTask:
     Attributes:
         name: full name of the linear, for messages and for masks that are looked up by name.
         weight_OD: the dense weight, float32 or float64, on the Hessian's device; the selector must not change it.
-        statistics: of the linear's inputs.
+        hessian: of the linear's inputs.
         row_weight_O: Fisher weights of the rows, positive, of any scale; None if rows count alike. What a selector
             gets from ``prune_linear`` is scaled by their roots already.
         coupling_OO: row correlation, see ``calibration.weights``; None where it is not known.
@@ -33,14 +32,9 @@ class LinearTask:
 
     name: str
     weight_OD: Tensor
-    statistics: Statistics
+    hessian: Hessian
     row_weight_O: Tensor | None = None
     coupling_OO: Tensor | None = None
-
-    @property
-    def hessian(self) -> Hessian:
-        """Of the linear's inputs."""
-        return self.statistics.hessian
 
 
 @dataclass(frozen=True)
@@ -86,16 +80,7 @@ SELECTORS = {
 
 
 def make_selector(name: str) -> Selector:
-    """The package's own selector called ``name``, at its published settings.
-
-    Raises:
-        RecipeError: if the name is none of ``SELECTORS``.
-    """
-    if name not in SELECTORS:
-        raise RecipeError(
-            f"unknown selector {name!r}: known selectors are {', '.join(SELECTORS)}, external with mask_from, or your "
-            "own as package.module:Class"
-        )
+    """The package's own selector called ``name``, at its published settings."""
     module, _, class_name = SELECTORS[name].partition(":")
     selector: Selector = getattr(importlib.import_module(f"optima.selectors.{module}"), class_name)()
     return selector

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from optima.core.hessian import Hessian
-from optima.core.products import scaled
+from optima.core.products import sampling_step, scaled
 from optima.core.shifted import (
     Eigen,
     Shifted,
@@ -40,7 +40,6 @@ from optima.core.shifted import (
     saliency_unit,
     scaled_weight,
 )
-from optima.core.statistics import sampling_step
 from optima.patterns import NM, Pattern, Scope
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import MOST_COMPARED, kth_lowest, top_scores

@@ -34,13 +34,10 @@ function group(items, key) {
   return groups;
 }
 
-const RUNS = JSON.parse($("data").textContent).map(({ rows, fields, ...run }) => {
-  const isText = (field) => ["part", "name", "pattern", "solver"].includes(field);
-  const value = (x, field) => (typeof x === "string" && !isText(field) ? Number(x) : x);
-  return { ...run, linears: rows.map((row) => Object.fromEntries(row.map((x, i) => [fields[i], value(x, fields[i])]))) };
-});
-const FIRST = new Map(RUNS[0].linears.map((l) => [l.name, l]));
-const several = RUNS.length > 1;
+const DATA = JSON.parse($("data").textContent);
+const isText = (field) => ["part", "name", "pattern"].includes(field);
+const value = (x, field) => (typeof x === "string" && !isText(field) ? Number(x) : x);
+const LINEARS = DATA.rows.map((row) => Object.fromEntries(row.map((x, i) => [DATA.fields[i], value(x, DATA.fields[i])])));
 // Columns of the table; the heat map shows those that know how several linears join.
 const error = { join: geometric, log: true };
 const COLUMNS = [
@@ -52,7 +49,6 @@ const COLUMNS = [
   { title: "selector", get: (l) => l.error_selector, ...error },
   { title: "result", get: (l) => l.error, ...error },
   { title: "result ÷ selector", get: (l) => divide(l.error, l.error_selector), ...error, aroundOne: true },
-  { title: `result ÷ ${RUNS[0].title}`, ofFirst: true, get: (l) => divide(l.error, FIRST.get(l.name)?.error ?? null), ...error, aroundOne: true },
   { title: "sparsity", get: (l) => l.sparsity, join: average, text: (x) => `${show(100 * x)}%` },
   { title: "gap", get: (l) => l.gap_max },
   { title: "gap written", get: (l) => l.gap_written_max, join: largest, log: true },
@@ -60,10 +56,10 @@ const COLUMNS = [
   { title: "iterations", get: (l) => (l.gap_max === null ? null : l.iterations_mean), join: average, exact: (l) => `mean ${l.iterations_mean}, largest ${l.iterations_max}` },
   { title: "not converged", get: (l) => l.rows_not_converged },
   { title: "seconds", get: (l) => l.seconds },
-].filter((column) => several || !column.ofFirst);
-const METRICS = COLUMNS.filter(({ join, get }) => join && RUNS.some(({ linears }) => linears.some((l) => get(l) !== null)));
+];
+const METRICS = COLUMNS.filter(({ join, get }) => join && LINEARS.some((l) => get(l) !== null));
 const MOST_ROWS = 2000; // of the table at once; the filter finds the others
-const state = { run: RUNS[0], metric: METRICS.find(({ title }) => title === "result"), column: "result", falls: true, selected: [] };
+const state = { metric: METRICS.find(({ title }) => title === "result"), column: "result", falls: true, selected: [] };
 
 // A linear has a cell, a dot and a row, marked and selected together.
 const places = new Map();
@@ -152,21 +148,21 @@ function paint({ log, aroundOne }, values) {
 }
 
 const blocksOf = (linears) => [...new Set(linears.map((l) => l.block))].sort((a, b) => a - b);
-function drawMap({ linears, kinds }) {
+function drawMap() {
   const { title, get, join, text = show } = state.metric;
-  const cells = group(linears, (l) => `${l.kind} ${l.block}`);
+  const cells = group(LINEARS, (l) => `${l.kind} ${l.block}`);
   const known = (members) => members.map(get).filter((x) => x !== null);
   const value = (members) => (known(members).length ? join(known(members)) : null);
   const values = [...cells.values()].map(value);
   const { range, colour, bar } = paint(state.metric, values);
-  const blocks = blocksOf(linears);
+  const blocks = blocksOf(LINEARS);
   const table = make($("map"), "table", { role: "grid", "aria-label": `${title}: kinds of layers down, blocks across` });
   table.style.minWidth = `${5.5 + blocks.length * 0.55}rem`;
   const every = [1, 2, 5, 10].find((step) => blocks.length / step <= 15) ?? 20;
   const head = make(make(table, "thead"), "tr");
   make(head, "th", { scope: "col" }, "block");
   for (const [i, block] of blocks.entries()) make(head, "th", { scope: "col", "aria-label": block }, i % every ? "" : block);
-  for (const [number, kind] of kinds.entries()) {
+  for (const [number, kind] of DATA.kinds.entries()) {
     const row = make(table.tBodies[0] ?? make(table, "tbody"), "tr");
     make(row, "th", { scope: "row" }, kind);
     for (const block of blocks) {
@@ -202,34 +198,31 @@ function chart(box, label, height, range, log, left) {
   }
   return [svg, y, box.clientWidth];
 }
-function drawDepth(run) {
+function drawDepth() {
   const result = (l) => l.error;
-  const steps = [["mask", run, (l) => l.error_mask], ["selector", run, (l) => l.error_selector], ["result", run, result]];
-  if (run.linears.every((l) => Object.is(l.error_mask, l.error_selector))) steps.splice(1, 1);
-  const lines = several ? RUNS.map((other) => [other.title, other, result]) : steps;
-  const blocks = blocksOf(RUNS.flatMap((other) => other.linears));
-  const range = limits(lines.flatMap(([, { linears }, get]) => linears.map(get)), true);
+  const steps = [["mask", (l) => l.error_mask], ["selector", (l) => l.error_selector], ["result", result]];
+  if (LINEARS.every((l) => Object.is(l.error_mask, l.error_selector))) steps.splice(1, 1);
+  const blocks = blocksOf(LINEARS);
+  const range = limits(steps.flatMap(([, get]) => LINEARS.map(get)), true);
   const [svg, y, width] = chart($("depth"), "Relative error by block, log scale", 260, range, true, 52);
-  const x = scale(limits(blocks), [64, width - (several ? 120 : 70)]);
+  const x = scale(limits(blocks), [64, width - 70]);
   const drawable = (error) => Number.isFinite(error) && error > 0;
   for (const tick of ticks(limits(blocks))) make(svg, "text", { x: x(tick), y: 254, "text-anchor": "middle" }, tick);
   make(svg, "text", { x: 0, y: -4 }, "relative error");
   make(svg, "text", { x: width, y: 254, "text-anchor": "end" }, "block");
-  const dots = run.linears.length > MOST_ROWS ? [] : run.linears;
+  const dots = LINEARS.length > MOST_ROWS ? [] : LINEARS;
   for (const l of dots.filter((other) => drawable(other.error))) place(make(svg, "circle", { cx: x(l.block), cy: y(l.error), r: 2.6 }), [l], describe(l));
-  const ends = lines.map(([title, other, get]) => {
-    const means = [...group(other.linears, (l) => l.block)].sort(([a], [b]) => a - b).map(([block, members]) => [block, geometric(members.map(get))]);
+  const ends = steps.map(([title, get]) => {
+    const means = [...group(LINEARS, (l) => l.block)].sort(([a], [b]) => a - b).map(([block, members]) => [block, geometric(members.map(get))]);
     const points = means.filter(([, mean]) => drawable(mean)).map(([block, mean]) => [x(block), y(mean)]);
-    const main = (several ? other === run : get === result) ? "main" : "";
+    const main = get === result ? "main" : "";
     make(svg, "path", { class: `line ${main}`, d: points.map((point, i) => `${i ? "L" : "M"}${point}`).join("") });
     return { title, main, end: points.at(-1) };
   });
   let last = -Infinity; // names at the ends of the lines make room for each other
   for (const { title, main, end } of ends.filter((line) => line.end).sort((a, b) => a.end[1] - b.end[1])) {
     last = Math.max(end[1] + 4, last + 13);
-    const most = several ? 15 : 8; // letters that there is room for
-    const name = make(svg, "text", { class: main, x: end[0] + 10, y: last }, title.length > most ? `…${title.slice(1 - most)}` : title);
-    if (title.length > most) make(name, "title", {}, title);
+    make(svg, "text", { class: main, x: end[0] + 10, y: last }, title);
   }
 }
 
@@ -258,10 +251,10 @@ function histogram(box, title, values, log, asked) {
   for (const tick of ticks(range, log)) make(svg, "text", { x: x(bin(tick)), y: 144, "text-anchor": "middle" }, showTick(tick));
   if (asked) make(svg, "line", { class: "asked", x1: x(bin(asked)), x2: x(bin(asked)), y1: 8, y2: y(0) });
 }
-function drawSpread({ linears, gap }) {
-  const solved = linears.filter((l) => l.gap_max !== null);
+function drawSpread() {
+  const solved = LINEARS.filter((l) => l.gap_max !== null);
   const plots = [
-    ["Gap before the cast", solved.map((l) => l.gap_max), true, gap],
+    ["Gap before the cast", solved.map((l) => l.gap_max), true, DATA.gap],
     ["Gap as written", solved.map((l) => l.gap_written_max), true],
     ["Iterations per row", solved.map((l) => l.iterations_mean), false],
   ].filter(([, values]) => values.some((x) => x !== null)); // tuned, or no solver ran
@@ -269,20 +262,20 @@ function drawSpread({ linears, gap }) {
   for (const [i, plot] of plots.entries()) histogram(boxes[i], ...plot);
 }
 
-function drawTable({ linears }) {
+function drawTable() {
   // A column is shown where it says something that its neighbours do not.
-  const same = (a, b) => linears.every((l) => Object.is(a(l), b(l)));
+  const same = (a, b) => LINEARS.every((l) => Object.is(a(l), b(l)));
   const hidden = {
-    pattern: ({ get }) => new Set(linears.map(get)).size < 2 || linears.every((l) => /^[\d.]+ per /.test(l.pattern)),
+    pattern: ({ get }) => new Set(LINEARS.map(get)).size < 2 || LINEARS.every((l) => /^[\d.]+ per /.test(l.pattern)),
     selector: ({ get }) => same(get, (l) => l.error_mask),
-    tuned: ({ get }) => new Set(linears.map(get)).size < 2,
-    "not converged": ({ get }) => linears.every((l) => !get(l)),
-    iterations: ({ get }) => linears.every((l) => !get(l)),
+    tuned: ({ get }) => new Set(LINEARS.map(get)).size < 2,
+    "not converged": ({ get }) => LINEARS.every((l) => !get(l)),
+    iterations: ({ get }) => LINEARS.every((l) => !get(l)),
   };
-  const differs = (column) => !hidden[column.title]?.(column) && linears.some((l) => column.get(l) !== null);
+  const differs = (column) => !hidden[column.title]?.(column) && LINEARS.some((l) => column.get(l) !== null);
   const columns = COLUMNS.filter(differs);
   const sorted = columns.find((column) => column.title === state.column);
-  const found = linears.filter((l) => l.name.toLowerCase().includes($("filter").value.trim().toLowerCase()));
+  const found = LINEARS.filter((l) => l.name.toLowerCase().includes($("filter").value.trim().toLowerCase()));
   const unknown = (x) => x === null || Number.isNaN(x);
   const rank = (a, b) => (typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a < b ? -1 : Number(a > b));
   const order = (a, b) => unknown(a) - unknown(b) || (state.falls ? rank(b, a) : rank(a, b)) || 0;
@@ -308,7 +301,7 @@ function drawTable({ linears }) {
     place(row, [linear], describe(linear));
   }
   rove(table);
-  $("count").textContent = `${show(found.length)} of ${show(linears.length)}${found.length > MOST_ROWS ? `, the first ${show(MOST_ROWS)} shown` : ""}`;
+  $("count").textContent = `${show(found.length)} of ${show(LINEARS.length)}${found.length > MOST_ROWS ? `, the first ${show(MOST_ROWS)} shown` : ""}`;
 }
 
 // A function for each element that is drawn, by its id in sections.html.
@@ -317,23 +310,19 @@ function draw(...ids) {
   for (const id of ids.filter($)) {
     $(id).replaceChildren();
     if (id === "linears") $("count").textContent = "";
-    if (state.run.linears.length) DRAW[id](state.run);
+    if (LINEARS.length) DRAW[id]();
   }
 }
-function choices(id, key, options, redrawn) {
-  for (const option of $(id) ? options : []) {
-    const label = make($(id), "label");
-    const input = make(label, "input", { type: "radio", name: id });
-    label.append(option.title);
-    input.checked = state[key] === option;
-    input.onchange = () => {
-      state[key] = option;
-      draw(...redrawn);
-    };
-  }
+for (const metric of $("metrics") ? METRICS : []) {
+  const label = make($("metrics"), "label");
+  const input = make(label, "input", { type: "radio", name: "metrics" });
+  label.append(metric.title);
+  input.checked = state.metric === metric;
+  input.onchange = () => {
+    state.metric = metric;
+    draw("map");
+  };
 }
-choices("runs", "run", RUNS, Object.keys(DRAW));
-choices("metrics", "metric", METRICS, ["map"]);
 draw(...Object.keys(DRAW));
 $("filter")?.addEventListener("input", () => draw("linears"));
 addEventListener("resize", () => draw("depth", "spread"));
