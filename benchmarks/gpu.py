@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from optima.calibration.statistics import Accumulator
+from optima.calibration.hessians import Accumulator
 from optima.core import SOLVERS, Hessian, RowSolver
 from optima.device import Stopwatch
 from optima.linear import Methods, prune_linear

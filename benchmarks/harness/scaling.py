@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from optima.calibration.fisher import LEAST_TOKENS
-from optima.calibration.statistics import share_out
+from optima.calibration.hessians import share_out
 from optima.calibration.weights import MOST_ROWS
 from optima.core.problem import chunk_rows
 from optima.recipe import FISHER_FRACTION
@@ -65,7 +65,7 @@ class Group:
 
     @property
     def cost(self) -> float:
-        """As ``optima.calibration.statistics.owners_of`` shares work out."""
+        """As ``optima.calibration.hessians.owners_of`` shares work out."""
         return float(self.inputs**3 + 10 * self.weights * self.inputs)
 
     def coupled(self, counts: Counts) -> list[int]:

@@ -1,4 +1,4 @@
-"""Devices: find and describe them, move a block there and back, full precision, peak memory."""
+"""Devices: find and describe them, move a block there and back, full precision, peak memory, lack of it."""
 
 from __future__ import annotations
 
@@ -166,56 +166,6 @@ def on_device(module: nn.Module, device: torch.device, comes_back: bool = True) 
         else:
             for part in module.modules():
                 part._buffers.update({name: each.to(home) for name, each in part._buffers.items() if each is not None})
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; every module is back in its own mode afterwards."""
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in in_training:
-            module.training = True
-
-
-@contextmanager
-def differentiable(module: nn.Module) -> Iterator[None]:
-    """No parameter of the module requires gradients inside; all are as they were afterwards."""
-    # Those of a model that was made in inference mode could not be set back.
-    before = [(each, each.requires_grad) for each in module.parameters() if not each.is_inference()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """``module.forward`` is ``forward`` inside. One that the module itself holds (accelerate's hooks) comes back."""
-    attributes = vars(module)
-    own = {"forward": attributes["forward"]} if "forward" in attributes else {}
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        del attributes["forward"]
-        attributes.update(own)
-
-
-def once(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that returns what ``forward`` returned for its first call."""
-    known: list[Any] = []
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        known[:] = known or [forward(*args, **kwargs)]
-        return known[0]
-
-    return called
 
 
 @contextmanager

@@ -182,3 +182,11 @@ def _parse_pattern(value: str, entry: str, scope: Scope) -> Pattern:
             f"pattern {entry!r} is not of the form n:m (2:4), a sparsity (0.6), or REGEX= and one of these (mlp=2:4)"
         ) from error
     return Unstructured(sparsity, scope)
+
+
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def kind(name: str) -> str:
+    """The name with its numbers as ``*``: what linears at the same place of all blocks (and experts) share."""
+    return NUMBER.sub("*", name)

@@ -30,8 +30,7 @@ from optima.models.inspect import check_length
 from optima.models.load import Source, dtype_as_read, find_source, skeleton
 from optima.models.masks import MaskFiles
 from optima.models.offload import Weights, open_weights
-from optima.names import kind
-from optima.patterns import NM, Pattern, Scope, Unstructured
+from optima.patterns import NM, Pattern, Scope, Unstructured, kind
 from optima.recipe import BYTES_PER_TUNED, Recipe
 from optima.reporting.summary import runtime_note
 from optima.selectors.alps import ALPS

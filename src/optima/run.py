@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.calibration.store import make_store
 from optima.checkpointing import ENVIRONMENT, Destination, check_alike
+from optima.data.calibration import Calibration, add_generated, load_calibration
 from optima.data.text import data_hash
 from optima.device import (
     PeakMemory,
@@ -30,7 +31,6 @@ from optima.device import (
 from optima.distributed import Ranks, joined
 from optima.errors import RecipeError
 from optima.files import stamps
-from optima.inputs import Calibration, add_generated, load_calibration, make_store
 from optima.models.auxiliary import copies_tokenizer, to_save
 from optima.models.inspect import check_vocabulary
 from optima.models.load import load_tokenizer, weights_of
@@ -38,7 +38,7 @@ from optima.models.masks import MaskFiles
 from optima.models.save import open_writer, prepare
 from optima.patterns import Unstructured
 from optima.plan import Plan, chosen_stacks, load_weights, plan_run
-from optima.prune import prune_model
+from optima.pruning import prune_model
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callback, Callbacks, Progress, RunStart, make_progress
 from optima.reporting.html import render_html
@@ -139,7 +139,7 @@ def prune(
             if ranks.size > 1:
                 run.note(f"{ranks.size} processes shared the work: sums, and masks where saliencies tie, may differ")
             run.progress.notes(run.notes)
-            run.store = make_store(destination, ranks)
+            run.store = make_store(None if destination is None else destination.partial, ranks)
             stacks = chosen_stacks(network, plan.recipe)
             patterns = prune_model(network, stacks, batches, plan.patterns, run)
             scopes = {pattern.scope for pattern in patterns.values() if isinstance(pattern, Unstructured)}
@@ -262,7 +262,3 @@ def _write_reports(recipe: Recipe, report: Report, directory: Path, base_model: 
     (directory / "report.html").write_text(render_html(report), encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
     recipe.save(directory / "recipe.yaml", CALLER_NOTE if report.run.calibration_given else "")
-
-
-# Importing the module ``optima.prune`` binds its name in the package, where users expect this function.
-setattr(sys.modules["optima"], "prune", prune)  # noqa: B010

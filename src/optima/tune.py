@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from optima.calibration.activations import Activations, Microbatch, hidden_of
+from optima.calibration.activations import Activations, Microbatch
 from optima.calibration.lm_head import LmHead, LogitsError
 from optima.core.products import all_finite
-from optima.device import GRADIENT, backward_explained, differentiable, full_precision, one_memory_error
+from optima.device import GRADIENT, backward_explained, full_precision, one_memory_error
 from optima.distributed import Ranks
 from optima.errors import ModelError
 from optima.models.blocks import Block, Linear, routing_module
-from optima.models.inputs import rows_of
+from optima.models.forward import differentiable, hidden_of, rows_of
 
 HELD_OUT = 8  # one sequence of so many is held out
 STEP = 4  # sequences of a step, over all ranks

@@ -14,7 +14,7 @@ from tiny import make_llama, make_tokens
 from torch import Tensor
 
 import optima
-from optima.calibration.statistics import Accumulator
+from optima.calibration.hessians import Accumulator
 from optima.core import (
     Auto,
     BatchedCholesky,

@@ -13,10 +13,10 @@ from optima import Recipe, prune
 from optima.calibration.activations import capture
 from optima.errors import ModelError
 from optima.models.blocks import Linear, find_stacks, select_linears
-from optima.models.inputs import arguments
+from optima.models.forward import arguments
 from optima.models.inspect import head_of
 from optima.models.load import find_source
-from optima.names import kind
+from optima.patterns import kind
 from optima.plan import make_plan
 from optima.reporting.record import Report
 

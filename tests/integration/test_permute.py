@@ -18,7 +18,7 @@ from optima import Permutation, Recipe
 from optima.cli import main
 from optima.errors import ModelError, NumericalError
 from optima.models.blocks import find_stacks
-from optima.models.inputs import arguments
+from optima.models.forward import arguments
 
 # What stays as it is, by family: no channels of these kinds are known, or the model would compute something else.
 HEADS_STAY = {"gpt_neox", "bloom", "falcon", "deepseek_v3", "deepseek_v4", "qwen3_next", "glm_moe_dsa"}

@@ -156,7 +156,7 @@ def test_memory_left_changes_where_activations_wait_and_nothing_else(
     make_llama().bfloat16().save_pretrained(tmp_path / "model")
     expected = pruned(tmp_path / "model", tmp_path / "free", **EVERYTHING)
     monkeypatch.setattr("optima.calibration.store.SMALLEST_MAPPED", 0)
-    monkeypatch.setattr("optima.inputs.available_memory", lambda: 0)
+    monkeypatch.setattr("optima.calibration.store.available_memory", lambda: 0)
     assert pruned(tmp_path / "model", tmp_path / "kept", **EVERYTHING) == expected
     notes = optima.load_report(tmp_path / "kept").run.notes
     assert any(note.startswith("activations exceeded main memory") for note in notes)

@@ -9,12 +9,11 @@ import pytest
 import torch
 from families import build, make_ids, stack_of
 
-from optima.calibration.activations import capture, hidden_of
-from optima.calibration.fisher import fisher_weights
-from optima.calibration.lm_head import label_gradient
+from optima.calibration.activations import capture
+from optima.calibration.fisher import fisher_weights, label_gradient
 from optima.calibration.weights import row_weights
 from optima.models.blocks import find_stacks, select_linears
-from optima.models.inputs import forward, label_size
+from optima.models.forward import forward, hidden_of, label_size
 
 CHAIN = ["llama", "llama4", "nemotron_h", "t5", "xlnet"]
 HYPER_CONNECTIONS = ["deepseek_v4"]

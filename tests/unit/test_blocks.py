@@ -23,7 +23,7 @@ from optima.models.blocks import (
     is_expert,
     select_linears,
 )
-from optima.names import kind
+from optima.patterns import kind
 
 LLAMA_LINEARS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),

@@ -11,18 +11,9 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from optima.core.hessian import Hessian
-from optima.extras.channels import (
-    TOGETHER,
-    Channels,
-    Saliency,
-    best_order,
-    best_rotation,
-    lost,
-    move,
-    reader_saliency,
-    writer_saliency,
-)
+from optima.extras.channels import TOGETHER, Saliency, best_order, best_rotation, lost, reader_saliency, writer_saliency
 from optima.models.blocks import Linear
+from optima.models.channels import Channels, move
 from optima.patterns import NM
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(3, 4), NM(4, 8), NM(6, 8), NM(1, 2)]

@@ -11,8 +11,7 @@ from layers import layer_of, make_layer
 from tiny import make_llama, make_tokens
 
 from optima.calibration.activations import capture
-from optima.calibration.fisher import fisher_weights
-from optima.calibration.lm_head import label_gradient
+from optima.calibration.fisher import fisher_weights, label_gradient
 from optima.calibration.weights import SHRINKAGE, correlated_rows, couples
 from optima.core.shifted import coupled_inverse, eigen_inverse, eigendecomposition, factored_inverse
 from optima.patterns import NM, Pattern, Unstructured

@@ -14,7 +14,7 @@ from tiny import make_llama, make_tokens
 from torch import Tensor, nn
 
 from optima.calibration.activations import capture
-from optima.calibration.statistics import Accumulator, owners_of, reduce_to, share_out
+from optima.calibration.hessians import Accumulator, owners_of, reduce_to, share_out
 from optima.checkpointing import check_alike
 from optima.core import problem
 from optima.distributed import ALONE, Ranks, joined

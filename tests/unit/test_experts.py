@@ -17,9 +17,10 @@ from torch.func import functional_call
 from optima import Recipe, prune
 from optima.calibration.activations import Activations, capture
 from optima.calibration.batch_size import BatchSize
-from optima.calibration.statistics import Found, observe
+from optima.calibration.hessians import Found, observe
 from optima.calibration.weights import FisherWeights
-from optima.models.blocks import Block, FusedExperts, Linear, experts_of, find_stacks, linearized, select_linears
+from optima.models.blocks import Block, Linear, find_stacks, select_linears
+from optima.models.moe import FusedExperts, experts_of, linearized
 from optima.models.save import Writer
 
 # One of each form: gates, transposed with biases, no gate, all tokens for each expert.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from optima import Recipe, prune
 from optima.calibration.activations import capture
-from optima.calibration.fisher import fisher_weights
-from optima.calibration.lm_head import label_gradient, sampled_tokens
+from optima.calibration.fisher import fisher_weights, label_gradient
+from optima.models.logits import sampled_tokens
 from optima.patterns import Pattern
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.scores import Wanda

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from optima import Recipe, prune
 from optima.calibration.activations import Activations, capture
-from optima.calibration.statistics import Accumulator, Found, observe
+from optima.calibration.hessians import Accumulator, Found, observe
 from optima.calibration.weights import FisherWeights
 from optima.errors import CalibrationError
 from optima.models.blocks import Block, Linear, find_stacks, select_linears

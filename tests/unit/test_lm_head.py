@@ -45,7 +45,7 @@ def divergence(model: PreTrainedModel, pruned: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_it_is_the_divergence_of_the_logits(family: str, epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm_head, "POSITIONS", LENGTH // 4)
-    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 1)  # a slice for each position
+    monkeypatch.setattr("optima.models.logits.LOGITS_BYTES", 1)  # a slice for each position
     model = build(family)
     with torch.no_grad():  # a random model hardly prefers any token
         model.get_output_embeddings().weight.mul_(30.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -22,7 +21,7 @@ from optima import Recipe, Report, prune
 from optima.calibration.activations import capture
 from optima.calibration.batch_size import BatchSize
 from optima.calibration.fisher import fisher_weights
-from optima.calibration.statistics import Found, observe
+from optima.calibration.hessians import Found, observe
 from optima.calibration.weights import FisherWeights
 from optima.errors import DeviceMemoryError
 from optima.models.save import Writer
@@ -144,7 +143,7 @@ def test_outside_a_batch_it_is_an_error_with_a_remedy(monkeypatch: pytest.Monkey
     def refuse(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(sys.modules["optima.prune"], "prune_linear", refuse)
+    monkeypatch.setattr("optima.pruning.prune_linear", refuse)
     with pytest.raises(DeviceMemoryError, match=r"CUDA out of memory.* Lower --batch-size"):
         pruned(make_llama(), 4)
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from optima.calibration import lm_head
 from optima.errors import CalibrationError, ModelError, NumericalError
 from optima.evaluation.perplexity import evaluation_windows, measure_windows, perplexity
 
@@ -82,7 +81,7 @@ def plain_losses(model: PreTrainedModel, tokens_NL: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", list(CAUSAL))
 def test_losses_equal_the_plain_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * 3)
+    monkeypatch.setattr("optima.models.logits.LOGITS_BYTES", 4 * V * 3)
     model = build(CAUSAL[name])
     found = measure_windows(model, windows(), batch_size=2)
     torch.testing.assert_close(found.loss_N, plain_losses(model, windows()), rtol=1e-5, atol=0.0)
@@ -92,7 +91,7 @@ def test_losses_equal_the_plain_definition(name: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["llama", "gemma2-softcapping", "not-sliceable"])
 @torch.no_grad()
 def test_divergence_equals_the_plain_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * 3)
+    monkeypatch.setattr("optima.models.logits.LOGITS_BYTES", 4 * V * 3)
     model = build(CAUSAL[name])
     reference = build(lambda: copy.deepcopy(model), seed=7) if name != "not-sliceable" else llama()
     found = measure_windows(model, windows(), reference, batch_size=2)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
-from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -24,13 +23,13 @@ from torch import Tensor, nn
 from optima.calibration.batch_size import BatchSize
 from optima.calibration.store import Store
 from optima.core.products import keep_freed_memory
-from optima.device import forward_replaced, full_precision, one_memory_error
+from optima.device import full_precision, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.blocks import Block, Linear, Stack
-from optima.models.inputs import forward, stack_size
+from optima.models.forward import forward, forward_replaced, hidden_of, map_tensors, stack_size, with_hidden
 from optima.models.inspect import is_encoder_decoder
-from optima.names import kind
+from optima.patterns import kind
 
 PROBE_LENGTH = 8
 # What a block is called with besides its hidden states (positions, masks, rotary embeddings ...), by place and by name.
@@ -188,30 +187,6 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not once.is_cuda:
         return once.pin_memory().to(device, non_blocking=True).expand(tensor.shape)
     return once.to(device).expand(tensor.shape)
-
-
-def map_tensors(value: Any, convert: Callable[[Tensor], object]) -> Any:
-    """A copy of ``value`` with every tensor converted, also inside mappings, tuples and lists."""
-    if isinstance(value, Tensor):
-        return convert(value)
-    if isinstance(value, MutableMapping):
-        copied = copy(value)
-        copied.update({key: map_tensors(item, convert) for key, item in value.items()})
-        return copied
-    if type(value) in (tuple, list):
-        return type(value)([map_tensors(item, convert) for item in value])
-    return value
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states that a block returned, bare or in front of others."""
-    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return hidden
-
-
-def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """``output`` of a block, with its hidden states replaced."""
-    return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
 
 
 def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

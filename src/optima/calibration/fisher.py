@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima.calibration.activations import Activations, hidden_of, moved
-from optima.calibration.lm_head import at_the_head, outside_device
+from optima.calibration.activations import Activations, moved
 from optima.calibration.weights import (
     POWER,
     FisherWeights,
@@ -36,13 +35,14 @@ from optima.calibration.weights import (
     products_of_halves,
     row_weights,
 )
-from optima.device import backward_explained, differentiable, give_back_freed_memory
+from optima.device import backward_explained, give_back_freed_memory
 from optima.distributed import Ranks
 from optima.errors import NotDifferentiableError
 from optima.models.blocks import Block, Stack
-from optima.models.inputs import label_size, rows_of
+from optima.models.forward import differentiable, hidden_of, label_size, rows_of
 from optima.models.inspect import head_of
-from optima.models.offload import MAIN, Weights
+from optima.models.logits import exponentials, sampled_tokens, sliced_head
+from optima.models.offload import MAIN, Weights, outside_device
 
 LOGITS = "the cross-entropy of labels sampled from the model"
 HIDDEN = "the square of the change of the last hidden states"
@@ -222,6 +222,58 @@ class _GradientPass:
             square_L = mean_L.pow(1.0 / POWER).float()
         filled = {size: square_L.repeat(size) for size in set(sizes)}  # batches share them
         return [own.get(batch, filled[size]) for batch, size in enumerate(sizes)]
+
+
+def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: int, drawn_BL: Tensor) -> Tensor:
+    """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers.
+
+    Args:
+        model: runs where its embedding is; of its own blocks none is called.
+        stack: the one that its head reads.
+        acts: outputs of its last block.
+        batch: number of the batch.
+        drawn_BL: uniform in [0, 1), see ``label_gradient``.
+
+    Returns:
+        In the layout of ``acts.hidden``, on the CPU.
+
+    Raises:
+        NotDifferentiableError: if its logits do not depend on what leaves that block.
+    """
+    home, inputs = next(model.parameters()).device, acts.batches[batch]
+    samples, length = drawn_BL.shape
+    # Of an encoder, autograd keeps a whole decoder of each sample.
+    most = 1 if stack.part == "encoder" else samples
+
+    def backward(rows: slice) -> Tensor:
+        leaf = rows_of(acts.hidden[batch], rows, samples).to(home, copy=True).requires_grad_(True)
+        for at_C, logits_TV in sliced_head(
+            model, stack, acts.probe.outputs, leaf, inputs[rows], torch.arange(length), most
+        ):
+            if not logits_TV.requires_grad:
+                raise NotDifferentiableError("its logits do not depend on its last block by a gradient")
+            gradient_TV = label_gradient(logits_TV.detach(), drawn_BL[rows][:, at_C].flatten().to(home))
+            with backward_explained("its head"):
+                logits_TV.backward(gradient_TV)
+        assert leaf.grad is not None
+        return leaf.grad.cpu()
+
+    parts = acts.batch_size.map(samples, backward, most)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def label_gradient(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
+    """The gradient of -log p(label) at the logits, p less one at a label that is drawn from p.
+
+    Args:
+        logits_TV: any float dtype, which the result has too.
+        drawn_T: uniform in [0, 1), see ``sampled_tokens``.
+    """
+    weight_TV = exponentials(logits_TV)
+    label_T1, total_T1 = sampled_tokens(weight_TV, drawn_T)
+    weight_TV /= total_T1
+    weight_TV.scatter_add_(1, label_T1, torch.full_like(label_T1, -1.0, dtype=weight_TV.dtype))
+    return weight_TV.to(logits_TV.dtype)
 
 
 def start_alike(acts: Activations, outputs: Sequence[Tensor]) -> bool:

@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from optima.distributed import Ranks
 from optima.errors import ModelError
 from optima.files import ACTIVATIONS, explain_write_errors
+from optima.main_memory import available_memory
 
 # Smaller tensors stay in main memory: a page, a mapping and a file cost more.
 SMALLEST_MAPPED = 2**16
+FREE_SHARE = 0.5  # of the free main memory, for activations: the rest of them is in files
 
 
 class Store:
@@ -75,3 +78,10 @@ class Store:
                 os.close(handle)
                 os.unlink(name)
         return mapped.view(tensor.shape).copy_(tensor)
+
+
+def make_store(directory: Path | None, ranks: Ranks) -> Store:
+    """A store in half of the free memory; its files are in the ``directory`` of rank 0, if that is on this machine."""
+    directory = ranks.on_rank0(lambda: directory)
+    budget = int(FREE_SHARE * available_memory() / ranks.here())
+    return Store(budget, directory if directory is not None and directory.is_dir() else None)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from optima.calibration.batch_size import BatchSize
-from optima.calibration.lm_head import exponentials, sampled_tokens
-from optima.device import evaluating, memory_explained
+from optima.device import memory_explained
 from optima.distributed import ALONE, Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError
+from optima.models.forward import evaluating
 from optima.models.inspect import is_encoder_decoder
+from optima.models.logits import exponentials, sampled_tokens
 
 BATCH = 64  # sequences at a time, for any number of processes: the other sequences of a batch change its rounding
 PROMPT_SHARE = 1 / 8  # of a sequence

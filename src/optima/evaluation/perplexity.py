@@ -24,13 +24,12 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.activations import agree
-from optima.calibration.lm_head import positions_of_slices, sliced_logits
 from optima.console import pace
 from optima.data.text import SEPARATOR, SpecialTokens, pack, special_tokens, text_length, token_ids
-from optima.device import evaluating
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError, NumericalError
-from optima.models.inputs import forward
+from optima.models.forward import evaluating, forward
 from optima.models.inspect import check_length, check_vocabulary, is_encoder_decoder
+from optima.models.logits import positions_of_slices, sliced_logits
 
 PROTOCOLS = ("windows", "sparsegpt")
 FIRST_DOCUMENTS = 64  # read first where the number of windows is limited, and doubled until they are enough

@@ -16,10 +16,10 @@ from datasets.exceptions import DatasetsError
 from jinja2 import UndefinedError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.device import evaluating
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
 from optima.evaluation.perplexity import PROBE_LENGTH, check_causal
 from optima.evaluation.record import Estimate, TaskRecord
+from optima.models.forward import evaluating
 
 METRICS = ("acc", "acc_norm")
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -16,37 +15,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.activations import Activations, capture
 from optima.calibration.batch_size import BatchSize
-from optima.calibration.lm_head import outside_device
-from optima.calibration.store import Store
+from optima.calibration.store import Store, make_store
 from optima.calibration.weights import FisherWeights
 from optima.checkpointing import Destination
 from optima.core.shifted import saliency_unit, scaled_weight
-from optima.device import default_torch_settings, evaluating, memory_explained
+from optima.data.calibration import add_generated, load_calibration
+from optima.device import default_torch_settings, memory_explained
 from optima.distributed import joined
 from optima.errors import ModelError, RecipeError
-from optima.extras.channels import (
-    TOLERANCE,
-    Channels,
-    Saliency,
-    best_order,
-    best_rotation,
-    difference,
-    find_channels,
-    lost,
-    move,
-    reader_saliency,
-    writer_saliency,
-)
-from optima.inputs import add_generated, load_calibration, make_store
+from optima.extras.channels import Saliency, best_order, best_rotation, lost, reader_saliency, writer_saliency
 from optima.models.auxiliary import to_save
 from optima.models.blocks import Block, Stack, linears_of
+from optima.models.channels import TOLERANCE, Channels, difference, find_channels, move
+from optima.models.forward import evaluating
 from optima.models.inspect import check_vocabulary
 from optima.models.load import load_tokenizer
-from optima.models.offload import Weights
+from optima.models.offload import Weights, outside_device
 from optima.models.save import open_writer, prepare
 from optima.patterns import NM
 from optima.plan import Plan, chosen_stacks, load_weights, plan_run
-from optima.prune import collect_hessians, find_fisher_weights
+from optima.pruning import collect_hessians, find_fisher_weights
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callbacks, Progress, make_progress
 from optima.state import RunState
@@ -134,7 +122,9 @@ def permute(
         if destination is not None:
             prepare(network, to_save(plan.source, tokenizer, own_tokenizer), plan.source, destination.directory)
         text = add_generated(text, network, own_tokenizer, plan.recipe, plan.device, ranks, shown)
-        search = _Search(plan, network, weights, shown, make_store(destination, ranks))
+        search = _Search(
+            plan, network, weights, shown, make_store(None if destination is None else destination.partial, ranks)
+        )
         with evaluating(network):
             search.run(text.tokens_NL.split(plan.batch_size))
         found = search.found
@@ -262,7 +252,3 @@ def _check_dense(block: Block) -> None:
         zeros = 1.0 - int(weight_OD.count_nonzero()) / max(weight_OD.numel(), 1)
         if MOST_ZEROS < zeros < 1.0:
             raise ModelError(f"{zeros:.0%} of {linear.name} are zeros, and would be lost: permute the dense model")
-
-
-# Importing the module ``optima.prune`` binds its name in the package, where users expect the function.
-vars(sys.modules["optima"]).pop("prune", None)

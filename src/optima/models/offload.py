@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from optima.core.products import all_finite
-from optima.device import Stopwatch, forward_replaced, on_device
+from optima.device import Stopwatch, card_memory, on_device
 from optima.errors import ModelError, NumericalError
-from optima.models.blocks import Block, find_stacks
+from optima.models.blocks import Block, count_outside, find_stacks
 from optima.models.conversion import fill_buffers, load_tensors, places_of, shape_of
+from optima.models.forward import forward_replaced
 from optima.models.load import (
     LOADING,
     Source,
@@ -400,3 +401,17 @@ def open_weights(
         notes.append(f"{what} ({some(weights.left_out)}): they are not in the output")
     weights.notes = tuple(notes)
     return model, weights
+
+
+def outside_device(model: PreTrainedModel, device: torch.device) -> torch.device:
+    """Where what is outside the blocks runs, if these run on ``device``; see ``Weights.outside``.
+
+    There, unless it would take more than half of the card. It is the same on all ranks, and for a run that is resumed.
+    """
+    first = next(model.parameters())  # where inputs go
+    blocks = [block for stack in find_stacks(model) for block in stack.blocks]
+    inside = any(first is parameter for block in blocks for parameter in block.module.parameters())
+    if device.type in ("cpu", first.device.type) or inside:
+        return MAIN
+    outside = count_outside(model, blocks) * model.dtype.itemsize
+    return device if 2 * outside <= card_memory(device) else MAIN

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from optima.console import printable
-from optima.names import kind
-from optima.patterns import NM, parse_nm
+from optima.patterns import NM, kind, parse_nm
 from optima.reporting.record import LinearRecord, Report, geometric_mean, largest, weighted_mean
 
 NUM_NAMED = 5

@@ -31,8 +31,9 @@ from optima.core.products import ROUND_ROWS, add_gram, all_finite, mirror, sampl
 from optima.device import Stopwatch, bfloat16_products, full_precision
 from optima.distributed import Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError
-from optima.models.blocks import DOWN, Block, ExpertLinear, FusedExperts, Linear
-from optima.models.inputs import rows_of
+from optima.models.blocks import Block, Linear
+from optima.models.forward import rows_of
+from optima.models.moe import DOWN, ExpertLinear, FusedExperts
 
 Group = tuple[Linear, ...]
 COMMON_TOKENS = 2048  # of a block, that stand for all of them at an expert's second linear

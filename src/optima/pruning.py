@@ -16,14 +16,16 @@ from transformers import PreTrainedModel
 from optima.allocate import allocate, saliency_quantiles, with_shares
 from optima.calibration.activations import Activations, capture
 from optima.calibration.fisher import LOGITS, chosen_batches, fisher_weights
-from optima.calibration.lm_head import LmHead, outside_device
-from optima.calibration.statistics import Found, observe, routing_notes
+from optima.calibration.hessians import Found, observe, routing_notes
+from optima.calibration.lm_head import LmHead
 from optima.calibration.weights import FisherWeights
-from optima.device import Stopwatch, evaluating, full_precision, give_back_freed_memory
+from optima.device import Stopwatch, full_precision, give_back_freed_memory
 from optima.distributed import ALONE
 from optima.errors import NotDifferentiableError
 from optima.linear import prune_linear
 from optima.models.blocks import Block, Linear, Stack, is_expert
+from optima.models.forward import evaluating
+from optima.models.offload import outside_device
 from optima.patterns import Pattern
 from optima.recipe import EXPERT_TOKENS, FISHER_FRACTION, SINK_WEIGHT
 from optima.reporting.record import BlockRecord, LinearRecord

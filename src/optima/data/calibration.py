@@ -1,4 +1,4 @@
-"""The inputs of a run: the calibration data, and the store of activations.
+"""The calibration data of a run: the caller's, or that of the recipe's datasets, and what the model generates.
 
 Shapes: N sequences, L tokens in each.
 """
@@ -12,18 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.store import Store
-from optima.checkpointing import Destination
 from optima.data.datasets import Documents, load_documents
 from optima.data.generate import generate_tokens
 from optima.data.text import calibration_tokens, special_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError
-from optima.main_memory import available_memory
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callbacks
-
-FREE_SHARE = 0.5  # of the free main memory, for activations: the rest of them is in files
 
 
 @dataclass(frozen=True)
@@ -91,10 +86,3 @@ def add_generated(
     )
     note = f"self-generated calibration data: {count} of {recipe.samples()} sequences"
     return replace(text, tokens_NL=torch.cat([tokens_NL, generated_NL]), notes=(*text.notes, note))
-
-
-def make_store(destination: Destination | None, ranks: Ranks) -> Store:
-    """A store of activations in half of the free memory; its files are in the staging directory if it is here."""
-    directory = ranks.on_rank0(lambda: None if destination is None else destination.partial)
-    budget = int(FREE_SHARE * available_memory() / ranks.here())
-    return Store(budget, directory if directory is not None and directory.is_dir() else None)

@@ -1,4 +1,4 @@
-"""The forward pass of a model on a batch of token ids.
+"""The forward pass of a model on a batch of token ids, and of its modules: modes, replacements, outputs.
 
 An encoder-decoder reads the first half of every text with its encoder, and continues it with the second half in its
 decoder, after the token that starts it: prefix language modelling (Raffel et al., JMLR 2020, section 3.1.4), which
@@ -9,6 +9,9 @@ Shapes: B sequences in a batch, L tokens in a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -74,3 +77,77 @@ def rows_of(tensor: Tensor, rows: slice, samples: int) -> Tensor:
         return tensor
     each = len(tensor) // samples
     return tensor[rows.start * each : rows.stop * each]
+
+
+def map_tensors(value: Any, convert: Callable[[Tensor], object]) -> Any:
+    """A copy of ``value`` with every tensor converted, also inside mappings, tuples and lists."""
+    if isinstance(value, Tensor):
+        return convert(value)
+    if isinstance(value, MutableMapping):
+        copied = copy(value)
+        copied.update({key: map_tensors(item, convert) for key, item in value.items()})
+        return copied
+    if type(value) in (tuple, list):
+        return type(value)([map_tensors(item, convert) for item in value])
+    return value
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a block returned, bare or in front of others."""
+    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return hidden
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """``output`` of a block, with its hidden states replaced."""
+    return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; every module is back in its own mode afterwards."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+@contextmanager
+def differentiable(module: nn.Module) -> Iterator[None]:
+    """No parameter of the module requires gradients inside; all are as they were afterwards."""
+    # Those of a model that was made in inference mode could not be set back.
+    before = [(each, each.requires_grad) for each in module.parameters() if not each.is_inference()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module.forward`` is ``forward`` inside. One that the module itself holds (accelerate's hooks) comes back."""
+    attributes = vars(module)
+    own = {"forward": attributes["forward"]} if "forward" in attributes else {}
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        attributes.update(own)
+
+
+def once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that returns what ``forward`` returned for its first call."""
+    known: list[Any] = []
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        known[:] = known or [forward(*args, **kwargs)]
+        return known[0]
+
+    return called
