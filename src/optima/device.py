@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import resource
 import sys
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +33,8 @@ REMEDY = (
 # Root mean square of gradients at a block's outputs, to which losses are scaled: float16 holds a 256th of it in full,
 # and a million times it. By powers of two, which round nothing elsewhere.
 GRADIENT = 2.0**-6
+
+Result = TypeVar("Result")
 
 
 class PeakMemory:
@@ -123,6 +126,41 @@ def one_memory_error() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or not any(text in str(error) for text in NO_MEMORY):
             raise
         raise torch.OutOfMemoryError(str(error)) from error
+
+
+def in_halves(
+    total: int, work: Callable[[slice], Result], most: int | None = None, reduced: Callable[[int], object] = id
+) -> list[Result]:
+    """What ``work`` returns for parts of ``total`` items, in order: one part, or parts of at most ``most`` items.
+
+    A part that is out of memory is split in two, and later parts have no more items than its halves, which no other
+    part reaches over. ``reduced`` is called with the new limit.
+
+    Raises:
+        torch.OutOfMemoryError: if there is no memory for one item.
+    """
+    results, waiting = list[Result](), [slice(0, total)]
+    while waiting:
+        part = waiting.pop()
+        size = part.stop - part.start
+        if most is not None and size > most:
+            middle = part.start + most
+            waiting += [slice(middle, part.stop), slice(part.start, middle)]
+            continue
+        try:
+            with one_memory_error():
+                results.append(work(part))
+            continue
+        except torch.OutOfMemoryError:
+            if size <= 1:
+                raise
+        # Only after the exception and the frames that it holds are gone is their memory free.
+        gc.collect()
+        torch.cuda.empty_cache()
+        most = (size + 1) // 2
+        reduced(most)
+        waiting.append(part)
+    return results
 
 
 @contextmanager

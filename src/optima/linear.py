@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from optima.core.hessian import Hessian
-from optima.core.problem import RowSolution, Status, chunk_rows, concatenate
+from optima.core.problem import RowSolution, Status, concatenate, row_chunks
 from optima.core.products import all_finite
 from optima.core.rounding import Rounded, round_rows
-from optima.core.solvers import RowSolver, make_problem, solve_rows
+from optima.core.solvers import RowSolver, make_problem, solve_chunk
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import RecipeError
@@ -166,14 +166,12 @@ def _solve(
 ) -> tuple[RowSolution, Rounded]:
     """Solve and round all rows. Chunks do not depend on the number of ranks, so neither do the bits."""
     total, num_inputs = task.weight_OD.shape
-    size = chunk_rows(num_inputs, total, task.weight_OD.device)
-    chunks = [slice(begin, begin + size) for begin in range(0, max(total, 1), size)]
-    parts = []
+    chunks, parts = row_chunks(num_inputs, total, task.weight_OD.device), []
     for rows in chunks[ranks.part(len(chunks))]:
         with clock("solve"):
             start_RD = None if chosen.weight_OD is None else chosen.weight_OD[rows]
             problem = make_problem(task.hessian, task.weight_OD[rows], chosen.keep_OD[rows], start_RD)
-            solution = solve_rows(solver, task.hessian, problem)
+            solution = solve_chunk(solver, task.hessian, problem)
         with clock("round"):
             parts.append((solution, round_rows(task.hessian, problem, solution, dtype)))
     if ranks.size > 1:

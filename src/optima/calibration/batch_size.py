@@ -5,13 +5,13 @@ Results change only by rounding: sums over fewer rows are added in another order
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import torch
 
-from optima.device import one_memory_error
+from optima.device import in_halves
 from optima.errors import DeviceMemoryError
 
 Result = TypeVar("Result")
@@ -45,30 +45,11 @@ class BatchSize:
         Raises:
             DeviceMemoryError: if there is no memory for one sequence.
         """
-        results, waiting = [], [slice(0, samples)]
-        while waiting:
-            rows = waiting.pop()
-            count = rows.stop - rows.start
-            limit = min(each for each in (count, self.most, most) if each is not None)
-            if count > limit:
-                middle = rows.start + limit
-                waiting += [slice(middle, rows.stop), slice(rows.start, middle)]
-                continue
-            try:
-                with one_memory_error():
-                    results.append(work(rows))
-                continue
-            except torch.OutOfMemoryError as error:
-                if count == 1:
-                    raise DeviceMemoryError(
-                        f"{self.device} has no memory for one sequence: lower --max-seq-length"
-                    ) from error
-            # Only after the exception and the frames that it holds are gone is their memory free.
-            gc.collect()
-            torch.cuda.empty_cache()
-            self.most = (count + 1) // 2
-            waiting.append(rows)
-        return results
+        limits = [each for each in (self.most, most) if each is not None]
+        try:
+            return in_halves(samples, work, min(limits, default=None), partial(setattr, self, "most"))
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(f"{self.device} has no memory for one sequence: lower --max-seq-length") from error
 
     def agree(self, found: Iterable[int | None]) -> str:
         """Take the least ``most`` of all ranks, or of an earlier run; returns a note for the report if that is new."""

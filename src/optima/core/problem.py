@@ -147,6 +147,12 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     return replace(parts[0], **joined)
 
 
+def row_chunks(num_inputs: int, total: int, device: torch.device) -> list[slice]:
+    """The rows of each chunk, see ``chunk_rows``; at least one chunk."""
+    size = chunk_rows(num_inputs, total, device)
+    return [slice(begin, begin + size) for begin in range(0, max(total, 1), size)]
+
+
 def chunk_rows(num_inputs: int, total: int, device: torch.device) -> int:
     """Rows to solve together: what fits the budget and, on a CPU, its cache, in chunks of equal size.
 

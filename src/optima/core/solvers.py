@@ -22,9 +22,9 @@ from optima.core.certificate import ALL, Certificate, Verifier
 from optima.core.cg import conjugate_gradient
 from optima.core.cholesky import solve_kept
 from optima.core.hessian import Hessian
-from optima.core.problem import Correction, Residuals, RowProblem, RowSolution, Status, chunk_rows, concatenate
+from optima.core.problem import Correction, Residuals, RowProblem, RowSolution, Status, concatenate, row_chunks
 from optima.core.products import all_finite, keep_freed_memory, multiply
-from optima.device import full_precision, one_memory_error
+from optima.device import full_precision, in_halves
 from optima.errors import NumericalError, RecipeError
 
 MAX_ROUNDS = 10
@@ -324,28 +324,22 @@ def make_solver(name: str, gap: float) -> RowSolver | None:
 
 
 def solve_rows(solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:
-    """Solve every row, chunk by chunk; fewer rows at a time when the device runs out of memory."""
+    """Solve every row, chunk by chunk."""
+    chunks = row_chunks(hessian.num_inputs, len(problem.target_RD), hessian.device)
+    return concatenate([solve_chunk(solver, hessian, problem.rows(rows)) for rows in chunks])
+
+
+def solve_chunk(solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:
+    """Solve rows together; fewer rows at a time when the device runs out of memory."""
     keep_freed_memory()
+    sizes: list[int] = []
     with full_precision(), torch.no_grad():
         _ = hessian.factorisation  # every certificate needs it, and fewer rows would not help where it does not fit
-        total = len(problem.target_RD)
-        size = planned = chunk_rows(hessian.num_inputs, total, hessian.device)
-        parts: list[RowSolution] = []
-        begin = 0
-        while begin < total or not parts:
-            try:
-                with one_memory_error():
-                    parts.append(solver.solve(hessian, problem.rows(slice(begin, begin + size))))
-                begin += size
-                continue
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-            # Only here, after the exception and the frames it held are gone, is their memory free again.
-            size = (size + 1) // 2
-            torch.cuda.empty_cache()
+        parts = in_halves(
+            len(problem.target_RD), lambda rows: solver.solve(hessian, problem.rows(rows)), reduced=sizes.append
+        )
     solution = concatenate(parts)
-    note = f"out of memory: rows in chunks of {size} instead" if size < planned else ""
+    note = f"out of memory: rows in chunks of {sizes[-1]} instead" if sizes else ""
     notes = filter(None, [solution.note, note])
     return replace(solution, solver=solution.solver or solver.name, note="; ".join(notes))
 
