@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -31,7 +31,7 @@ from optima.models.load import Source, dtype_as_read, find_source, skeleton
 from optima.models.masks import MaskFiles
 from optima.models.offload import Weights, open_weights
 from optima.patterns import NM, Pattern, Scope, Unstructured, kind
-from optima.recipe import BYTES_PER_TUNED, Recipe
+from optima.recipe import BYTES_PER_TUNED, Recipe, RunOptions
 from optima.reporting.summary import runtime_note
 from optima.selectors.alps import ALPS
 from optima.selectors.base import Selector, load_foreign, make_selector
@@ -46,59 +46,57 @@ LIBRARIES_BYTES = 2**29
 BYTES_PER_ENTRY, BYTES_PER_WEIGHT = 62, 56
 GIB = 2**30
 
+Options = TypeVar("Options", bound=RunOptions)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe resolved for a model.
+    """Options resolved for a model.
 
     Attributes:
         model: with its weights, or its skeleton.
         source: where the model is from; None if it is in memory.
-        recipe: with its open settings filled in.
-        methods: selector and solver.
-        stacks: with the linears to prune.
-        patterns: the pattern of each of these linears, by its full name.
-        fallback: patterns of a stack without gradients, where they differ.
+        options: with its open settings filled in.
+        stacks: with the linears to change.
         dtype: of the weights as read: a skeleton is in float32.
-        device: where blocks are pruned.
-        calibration: of the caller: token ids (N, L), or documents; None: the recipe's dataset is read.
-        scope_named: whether the user named the scope.
+        device: where blocks run.
+        calibration: of the caller: token ids (N, L), or documents; None: the dataset of the options is read.
         notes: which weights stay dense, and what was resolved otherwise than asked.
     """
 
     model: PreTrainedModel
     source: Source | None
-    recipe: Recipe
-    methods: Methods
+    options: RunOptions
     stacks: tuple[Stack, ...]
-    patterns: dict[str, Pattern]
-    fallback: dict[str, Pattern]
     dtype: torch.dtype
     device: torch.device
     calibration: Any
-    scope_named: bool
     notes: tuple[str, ...]
 
     @property
     def blocks(self) -> list[Block]:
-        """Of all stacks, in order."""
+        """The blocks of all stacks, in order."""
         return [block for stack in self.stacks for block in stack.blocks]
 
     @property
     def linears(self) -> list[Linear]:
-        """To prune, in order."""
+        """The linears to change, in order."""
         return [linear for block in self.blocks for linear in block.linears]
 
     @property
     def name(self) -> str:
-        """Of the model."""
+        """The model's name."""
         return type(self.model).__name__ if self.source is None else self.source.name
 
     @property
     def batch_size(self) -> int:
         """Sequences of a forward pass."""
-        assert self.recipe.batch_size is not None, "a plan is resolved"
-        return self.recipe.batch_size
+        return self.options.batch_size or 1
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The options that identify a run."""
+        return self.options.to_dict()
 
     @property
     def output_bytes(self) -> int:
@@ -106,19 +104,46 @@ class Plan:
         return count_parameters(self.model) * self.dtype.itemsize
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrunePlan(Plan):
+    """A recipe resolved for a model.
+
+    Attributes:
+        options: the recipe.
+        methods: selector and solver.
+        patterns: the pattern of each linear to prune, by its full name.
+        fallback: patterns of a stack without gradients, where they differ.
+        scope_named: whether the user named the scope.
+    """
+
+    options: Recipe
+    methods: Methods
+    patterns: dict[str, Pattern]
+    fallback: dict[str, Pattern]
+    scope_named: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See ``Plan``; the default scope depends on the model."""
+        return (self.options if self.scope_named else self.options.replace(scope=None)).to_dict()
+
+
+Planned = TypeVar("Planned", bound=Plan)
+
+
 def plan_run(
     model: object,
-    recipe: object,
+    resolve: Callable[..., Planned],
     output_dir: object,
     calibration: object,
     ranks: Ranks,
     device: str = "auto",
     trust_remote_code: bool = False,
-) -> Plan:
-    """Make every check that needs neither weights nor text; arguments as of ``optima.prune``."""
-    recipe = Recipe() if recipe is None else recipe
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or use load_recipe")
+) -> Planned:
+    """Make every check that needs neither weights nor text; arguments as of ``optima.prune``.
+
+    ``resolve`` is called as ``resolve_recipe``, without the recipe.
+    """
     place, source = ranks.on(device), None
     if isinstance(model, str | Path):
         source = find_source(str(model), trust_remote_code)
@@ -129,25 +154,26 @@ def plan_run(
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
     else:
         check_in_memory(model)
-    plan = resolve(model, recipe, place, source, calibration, trust_remote_code)
-    if (count := plan.recipe.samples()) < ranks.size:
+    plan = resolve(model, device=place, source=source, calibration=calibration, trust_remote_code=trust_remote_code)
+    if (count := plan.options.samples()) < ranks.size:
         raise RecipeError(f"{ranks.size} processes share {count} calibration sequences: start {count} at most")
     return plan
 
 
-def make_plan(source: Source, recipe: Recipe, device: str = "auto") -> Plan:
-    """Plan pruning ``source`` without its weights; arguments and errors as of ``resolve``."""
-    return resolve(skeleton(source), recipe, named_device(device), source)
+def make_plan(source: Source, recipe: Recipe, device: str = "auto") -> PrunePlan:
+    """Plan pruning ``source`` without its weights; arguments and errors as of ``resolve_recipe``."""
+    return resolve_recipe(skeleton(source), recipe, device=named_device(device), source=source)
 
 
-def resolve(
+def resolve_recipe(
     model: PreTrainedModel,
     recipe: Recipe,
+    *,
     device: torch.device,
     source: Source | None = None,
     calibration: object = None,
     trust_remote_code: bool = False,
-) -> Plan:
+) -> PrunePlan:
     """Fill in the open settings of ``recipe``, and make every check that needs neither weights nor text.
 
     Args:
@@ -161,6 +187,8 @@ def resolve(
     Raises:
         OptimaError: for what cannot be done.
     """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or use load_recipe")
     methods = make_methods(recipe, trust_remote_code)
     scope_named = recipe.scope is not None
     recipe = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))
@@ -173,23 +201,49 @@ def resolve(
     for linear in linears:
         if linear.expert is None and "weight" not in linear.module._parameters:
             raise ModelError(f"the weight of {linear.name} is computed from others: remove its parametrization first")
-    inputs = len(stacks) * max(linear.shape[1] for linear in linears)
-    dtype = model.dtype if source is None else dtype_as_read(model.config, recipe.dtype)
+    recipe, data_notes = resolve_calibration(recipe, model, stacks, device, source, calibration)
+    return PrunePlan(
+        model=model,
+        source=source,
+        options=recipe,
+        stacks=stacks,
+        dtype=_dtype(model, source, recipe),
+        device=device,
+        calibration=calibration,
+        notes=(*dense_notes(model, stacks), *_unmatched(recipe, stacks), *data_notes),
+        methods=methods,
+        patterns=patterns,
+        fallback=fallback,
+        scope_named=scope_named,
+    )
+
+
+def _dtype(model: PreTrainedModel, source: Source | None, options: RunOptions) -> torch.dtype:
+    return model.dtype if source is None else dtype_as_read(model.config, options.dtype)
+
+
+def resolve_calibration(
+    options: Options,
+    model: PreTrainedModel,
+    stacks: Sequence[Stack],
+    device: torch.device,
+    source: Source | None,
+    calibration: object,
+) -> tuple[Options, tuple[str, ...]]:
+    """Fill in what calibration needs: sequences, their length and the batch size; notes of what is not done."""
     if isinstance(calibration, Tensor):
         if calibration.ndim != 2 or calibration.is_floating_point() or calibration.dtype == torch.bool:
             shape = f"{tuple(calibration.shape)} {calibration.dtype}"
             raise CalibrationError(f"calibration must be token ids, integers of shape (samples, length), got {shape}")
-        recipe = recipe.replace(num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
-    check_length(model, recipe.max_seq_length)
-    fits = max(CPU_TOKENS // recipe.max_seq_length, 1) if device.type == "cpu" else BATCH_SIZE
-    recipe = recipe.replace(batch_size=recipe.batch_size or fits, num_calibration_samples=recipe.samples(inputs))
-    notes = (*dense_notes(model, stacks), *_unmatched(recipe, stacks))
-    data = calibration, scope_named, notes
-    plan = Plan(model, source, recipe, methods, stacks, patterns, fallback, dtype, device, *data)
-    if recipe.self_generated and (reason := _why_not_generated(plan)):
-        notes = (*notes, f"no calibration data is self-generated: {reason}")
-        plan = replace(plan, recipe=recipe.replace(self_generated=0.0), notes=notes)
-    return plan
+        options = options.replace(num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
+    check_length(model, options.max_seq_length)
+    inputs = len(stacks) * max(each.shape[1] for stack in stacks for block in stack.blocks for each in block.linears)
+    fits = max(CPU_TOKENS // options.max_seq_length, 1) if device.type == "cpu" else BATCH_SIZE
+    options = options.replace(batch_size=options.batch_size or fits, num_calibration_samples=options.samples(inputs))
+    size = count_parameters(model) * _dtype(model, source, options).itemsize
+    if options.self_generated and (reason := _why_not_generated(model, size, device, calibration)):
+        return options.replace(self_generated=0.0), (f"no calibration data is self-generated: {reason}",)
+    return options, ()
 
 
 def make_methods(recipe: Recipe, trust_remote_code: bool = False) -> Methods:
@@ -268,17 +322,19 @@ def _unmatched(recipe: Recipe, stacks: Sequence[Stack]) -> list[str]:
     return [f"ignore {each!r} matches no linear" for each in asked if not any(re.search(each, name) for name in names)]
 
 
-def _why_not_generated(plan: Plan) -> str:
-    """Why the model does not generate text, by the total memory, which is the same for a resumed run; or empty."""
-    size = count_parameters(plan.model) * plan.dtype.itemsize
-    if plan.calibration is not None:
+def _why_not_generated(model: PreTrainedModel, size: int, device: torch.device, calibration: object) -> str:
+    """Why the model of ``size`` bytes does not generate text; empty if it does.
+
+    By the total memory, which is the same for a resumed run.
+    """
+    if calibration is not None:
         return "the caller passed the calibration data"
-    if not can_continue(plan.model):
-        return f"{type(plan.model).__name__} does not generate text"
+    if not can_continue(model):
+        return f"{type(model).__name__} does not generate text"
     if size > MAIN_SHARE * total_memory():
         return f"its weights take {size / GIB:.1f} GiB, more than {MAIN_SHARE:.0%} of the main memory"
-    here = plan.device.type == "cuda" and (plan.device.index or 0) < torch.cuda.device_count()
-    if here and size > DEVICE_SHARE * card_memory(plan.device):
+    here = device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    if here and size > DEVICE_SHARE * card_memory(device):
         return f"its weights take {size / GIB:.1f} GiB, more than {DEVICE_SHARE:.0%} of the device memory"
     return ""
 
@@ -287,14 +343,14 @@ def load_weights(plan: Plan, whole: str | None = None) -> tuple[PreTrainedModel,
     """The model and its weights; ``whole``: why these must be in main memory, if they must."""
     if plan.source is None:
         return plan.model, Weights(plan.model)
-    if plan.recipe.self_generated:
+    if plan.options.self_generated:
         whole = whole or "it generates calibration data"
-    return open_weights(plan.source, plan.model, plan.recipe.dtype, whole)
+    return open_weights(plan.source, plan.model, plan.options.dtype, whole)
 
 
-def estimate_memory(plan: Plan, streamed: bool) -> tuple[int, int]:
+def estimate_memory(plan: PrunePlan, streamed: bool) -> tuple[int, int]:
     """About the bytes of memory for weights and work, and those of activations, which may be in files."""
-    recipe, itemsize, work = plan.recipe, plan.dtype.itemsize, 0
+    recipe, itemsize, work = plan.options, plan.dtype.itemsize, 0
     sizes = [count_parameters(block.module) for block in plan.blocks]
     whole = count_parameters(plan.model)
     weights = (whole - sum(sizes) + 2 * max(sizes) if streamed else whole) * itemsize
@@ -310,7 +366,7 @@ def estimate_memory(plan: Plan, streamed: bool) -> tuple[int, int]:
     return LIBRARIES_BYTES + weights + work, int(recipe.samples() * recipe.max_seq_length * hidden * itemsize * copies)
 
 
-def print_plan(plan: Plan, name: str, console: Console) -> None:
+def print_plan(plan: PrunePlan, name: str, console: Console) -> None:
     """Print ``plan`` as a table, with blocks alike in one group, and its memory."""
     table = Table(title=f"{name}: what would be pruned", title_justify="left")
     for heading in ("blocks", "linear", "outputs x inputs", "sparsity"):
@@ -325,7 +381,7 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
     sizes = {linear.name: math.prod(linear.shape) for linear in plan.linears}
     pruned, whole = sum(sizes.values()), count_parameters(plan.model)
     sparsity = sum(plan.patterns[linear].sparsity * size for linear, size in sizes.items()) / pruned
-    recipe = plan.recipe
+    recipe = plan.options
     resident = bool(recipe.self_generated) or bool(plan.source and plan.source.gguf_file)
     memory, activations = estimate_memory(plan, streamed=not resident)
     lines = [
@@ -346,7 +402,7 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-def _rows(plan: Plan, block: Block) -> dict[tuple[str, str, str], int]:
+def _rows(plan: PrunePlan, block: Block) -> dict[tuple[str, str, str], int]:
     """A block's linears as a table shows them, and how many are alike, as experts are."""
     rows: dict[tuple[str, str, str], int] = {}
     for linear in block.linears:

@@ -9,7 +9,7 @@ import os
 import re
 import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -60,10 +60,8 @@ def _option(group: str, default: Any, text: str, metavar: str, shown: str | None
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 
-class Recipe(BaseModel):
-    """What to prune and how. Every field has a default; None stands for one that depends on the others.
-
-    ``selector`` may be an object (see ``optima.selectors.base.Selector``) instead of a name.
+class RunOptions(BaseModel):
+    """What every verb asks for: calibration, tuning, and how the model is read.
 
     Raises:
         RecipeError: on construction, for any value that cannot be carried out; the message names it.
@@ -72,21 +70,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, allow_inf_nan=False)
 
     # fmt: off
-    sparsity: float | None = _option("mask", None, "fraction of weights to prune", "X", "0.5", gt=0, lt=1)
-    pattern: Annotated[Texts, BeforeValidator(pattern_texts)] = _option(
-        "mask", [], "2:4, or by name: REGEX=2:4 REGEX=0.6 0.5", "PATTERN", "none")
-    scope: Scope | None = _option("mask", None, "rank by row, group or layer", "NAME", "as published")
-    allocation: Literal["uniform", "loss"] | None = _option(
-        "mask", None, "uniform, loss", "NAME", "loss with objective loss")
-    selector: Any = _option("mask", "optima", "mask selector, see below", "NAME")
-    mask_from: Annotated[str | None, BeforeValidator(_path_text)] = _option(
-        "mask", None, "masks for selector external", "PATH", "none")
-    objective: Literal["loss", "sink", "plain"] | None = _option(
-        "objective", None, "loss, sink, plain", "NAME", "loss; plain unsolved")
     damping: float = _option("objective", 0.01, "ridge / mean diagonal of the Hessian", "X", ge=0, le=1)
-    solver: Literal["auto", "low-rank-cg", "cholesky", "none"] = _option(
-        "solve", "auto", "auto, low-rank-cg, cholesky, none", "NAME")
-    gap: float = _option("solve", 1e-4, "certified relative gap to the optimum", "X", gt=0)
     tuning_epochs: int | None = _option(
         "tuning", None, "epochs of tuning", "N", "2 with loss and a solver", ge=0, lt=2**63)
     tuning_fraction: float = _option("tuning", 0.4, "fraction of sequences to tune on", "X", gt=0, le=1)
@@ -99,8 +83,6 @@ class Recipe(BaseModel):
     batch_size: int | None = _option(
         "calibration", None, "sequences per forward pass", "N", "8, fewer on CPU", ge=1, lt=2**63)
     seed: int = _option("calibration", 0, "of data, labels and tuning", "N", ge=0, lt=2**63)
-    targets: Texts = _option("model", [".*"], "linears to prune", "REGEX")
-    ignore: Texts = _option("model", ["lm_head", "embed"], "linears to leave dense", "REGEX")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "model", "auto", "auto, float32, bfloat16, float16", "NAME")
     # fmt: on
@@ -114,6 +96,50 @@ class Recipe(BaseModel):
                 super().__init__(**values)
             except ValidationError as error:
                 raise RecipeError("; ".join(map(_message, error.errors(include_url=False)))) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """The options with some fields changed, checked anew."""
+        return type(self)(**dict(self) | changes)
+
+    def samples(self, inputs: int = 0) -> int:
+        """Calibration sequences: those that are asked for, or enough for a widest linear of so many ``inputs``."""
+        enough = -(-TOKENS_PER_INPUT * inputs // self.max_seq_length)
+        return self.num_calibration_samples or max(LEAST_SAMPLES, enough)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to YAML and to the report."""
+        return {name: list(value) if isinstance(value, list) else value for name, value in self}
+
+    def save(self, path: Path, comment: str = "") -> None:
+        """Write it as YAML, after a ``comment``."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        path.write_text(f"# {comment}\n" * bool(comment) + text, encoding="utf-8")
+
+
+class Recipe(RunOptions):
+    """What to prune and how. Every field has a default; None stands for one that depends on the others.
+
+    ``selector`` may be an object (see ``optima.selectors.base.Selector``) instead of a name.
+    """
+
+    # fmt: off
+    sparsity: float | None = _option("mask", None, "fraction of weights to prune", "X", "0.5", gt=0, lt=1)
+    pattern: Annotated[Texts, BeforeValidator(pattern_texts)] = _option(
+        "mask", [], "2:4, or by name: REGEX=2:4 REGEX=0.6 0.5", "PATTERN", "none")
+    scope: Scope | None = _option("mask", None, "rank by row, group or layer", "NAME", "as published")
+    allocation: Literal["uniform", "loss"] | None = _option(
+        "mask", None, "uniform, loss", "NAME", "loss with objective loss")
+    selector: Any = _option("mask", "optima", "mask selector, see below", "NAME")
+    mask_from: Annotated[str | None, BeforeValidator(_path_text)] = _option(
+        "mask", None, "masks for selector external", "PATH", "none")
+    objective: Literal["loss", "sink", "plain"] | None = _option(
+        "objective", None, "loss, sink, plain", "NAME", "loss; plain unsolved")
+    solver: Literal["auto", "low-rank-cg", "cholesky", "none"] = _option(
+        "solve", "auto", "auto, low-rank-cg, cholesky, none", "NAME")
+    gap: float = _option("solve", 1e-4, "certified relative gap to the optimum", "X", gt=0)
+    targets: Texts = _option("model", [".*"], "linears to prune", "REGEX")
+    ignore: Texts = _option("model", ["lm_head", "embed"], "linears to leave dense", "REGEX")
+    # fmt: on
 
     @field_validator("selector")
     @classmethod
@@ -204,10 +230,6 @@ class Recipe(BaseModel):
         }
         return self.replace(**{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
-    def replace(self, **changes: Any) -> Recipe:
-        """The recipe with some fields changed, checked anew."""
-        return Recipe(**dict(self) | changes)
-
     @property
     def one_sparsity(self) -> float:
         """The sparsity that an allocation distributes."""
@@ -215,22 +237,12 @@ class Recipe(BaseModel):
         assert default is not None, "allocation needs one sparsity"
         return default.sparsity
 
-    def samples(self, inputs: int = 0) -> int:
-        """Calibration sequences: those that are asked for, or enough for a widest linear of so many ``inputs``."""
-        enough = -(-TOKENS_PER_INPUT * inputs // self.max_seq_length)
-        return self.num_calibration_samples or max(LEAST_SAMPLES, enough)
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as written to YAML and to the report; a selector object is named by its class."""
-        values = {name: list(value) if isinstance(value, list) else value for name, value in self}
+        """See ``RunOptions``; a selector object is named by its class."""
+        values = super().to_dict()
         if not isinstance(self.selector, str):
             values["selector"] = f"{type(self.selector).__module__}:{type(self.selector).__qualname__}"
         return values
-
-    def save(self, path: Path, comment: str = "") -> None:
-        """Write it as YAML, after a ``comment``."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
-        path.write_text(f"# {comment}\n" * bool(comment) + text, encoding="utf-8")
 
 
 def _message(error: Any) -> str:

@@ -6,11 +6,13 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
@@ -37,9 +39,9 @@ from optima.models.load import load_tokenizer, weights_of
 from optima.models.masks import MaskFiles
 from optima.models.save import open_writer, prepare
 from optima.patterns import Unstructured
-from optima.plan import Plan, chosen_stacks, load_weights, plan_run
+from optima.plan import Plan, Planned, chosen_stacks, load_weights, plan_run, resolve_recipe
 from optima.pruning import prune_model
-from optima.recipe import Recipe
+from optima.recipe import Recipe, RunOptions
 from optima.reporting.callbacks import Callback, Callbacks, Progress, RunStart, make_progress
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
@@ -50,6 +52,115 @@ from optima.stopping import interruptible
 
 CALLER_NOTE = "the caller passed the calibration data: the recipe's dataset was not read"
 SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a configuration, no part of identity
+
+
+@dataclass
+class OpenRun(Generic[Planned]):
+    """A run whose inputs are checked and read.
+
+    Attributes:
+        plan: what is done.
+        network: the model, whose weights ``state`` brings.
+        text: the calibration data.
+        batches: those of this rank.
+        state: settings and records.
+        started: when it began, see ``time.perf_counter``.
+        report: of the run, once ``publish`` has made it.
+    """
+
+    plan: Planned
+    network: PreTrainedModel
+    text: Calibration
+    batches: Sequence[Tensor]
+    state: RunState
+    started: float
+    report: Report | None = None
+
+    def publish(self, applied: RunOptions) -> Report:
+        """Make the report, and write the rest of the output; ``applied``: the options as they were applied."""
+        run, ranks, plan = self.state, self.state.ranks, self.plan
+        run.note(*(note for notes in ranks.gather(run.store.notes) for note in notes))
+        peak = max(*ranks.gather(0 if run.memory is None else run.memory.peak()), run.resumed_peak)
+        seconds = time.perf_counter() - self.started + run.resumed_seconds
+        report = ranks.on_rank0(lambda: _report(self, applied, peak, seconds))
+        if run.writer is not None:
+            base = None if plan.source is None else plan.source.repo
+            run.writer.publish(lambda directory: _write_reports(applied, report, directory, base))
+        self.report = report
+        return report
+
+
+@contextmanager
+def open_run(
+    model: object,
+    resolve: Callable[..., Planned],
+    *,
+    output_dir: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Tensor | Iterable[str] | None,
+    device: str,
+    trust_remote_code: bool,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+    resume: bool | None = None,
+    whole: str | None = None,
+) -> Iterator[OpenRun[Planned]]:
+    """Open a run: every check first, then the output directory, the text and the weights.
+
+    The output gets its name when the context ends without an error. Arguments as of ``optima.prune``.
+
+    Args:
+        resolve: makes the plan, see ``plan_run``.
+        whole: why all weights must be in main memory, if they must.
+    """
+    started = time.perf_counter()
+    _check_arguments(output_dir, resume, callbacks)
+    with ExitStack() as outer:  # the end is reported only once the output has its name
+        with ExitStack() as stack:
+            ranks = stack.enter_context(joined())
+            stack.enter_context(torch.inference_mode(False))  # the caller's: gradients are taken
+            stack.enter_context(default_torch_settings())
+            plan = plan_run(model, resolve, output_dir, calibration, ranks, device, trust_remote_code)
+            stack.enter_context(memory_explained())
+            identified = _identity(plan, ranks, output_dir is not None)
+            destination = None
+            if output_dir is not None:
+                outer.enter_context(interruptible())
+                if ranks.first:
+                    opened = Destination.open(output_dir, plan.output_bytes, identified, resume)
+                    destination = stack.enter_context(opened)
+            own_tokenizer = _tokenizer(plan, tokenizer)
+            display = make_progress() if progress and ranks.first else Progress()
+            display.reading(None if plan.source is None else plan.source.name)
+            text = ranks.on_rank0(lambda: load_calibration(plan.options, own_tokenizer, plan.calibration))
+            check_vocabulary(plan.model, text.tokens_NL)
+            network, weights = load_weights(plan, whole)
+            run = RunState(plan.options, plan.device, weights=weights, ranks=ranks)
+            run.note(*plan.notes, *weights.notes, *_notes(plan, network))
+            if ranks.first:
+                run.progress = outer.enter_context(Callbacks([display, *callbacks]))
+                run.progress.start(_start(plan))
+            run.memory = PeakMemory(plan.device)  # before the model generates text, whole on the device
+            if destination is not None:
+                prepare(network, to_save(plan.source, tokenizer, own_tokenizer), plan.source, destination.directory)
+            text = add_generated(text, network, own_tokenizer, plan.options, plan.device, ranks, run.progress)
+            run.note(*text.notes)
+            batches = text.tokens_NL[ranks.part(len(text.tokens_NL))].split(plan.batch_size)
+            if identified:
+                identified["tokens"] = data_hash(text.tokens_NL)
+                check_alike(identified, ranks)
+            if destination is not None:
+                run.writer = open_writer(network, plan.blocks, destination, identified, weights)
+                run.note(*destination.notes, *run.writer.notes)
+            give_back_freed_memory()
+            if ranks.size > 1:
+                run.note(f"{ranks.size} processes shared the work: sums, and masks where saliencies tie, may differ")
+            run.progress.notes(run.notes)
+            run.store = make_store(None if destination is None else destination.partial, ranks)
+            opened_run = OpenRun(plan, network, text, batches, run, started)
+            yield opened_run
+        if opened_run.report is not None:
+            run.progress.end(opened_run.report)
 
 
 def prune(
@@ -95,65 +206,25 @@ def prune(
             half-written. A run that is interrupted after the first block can be resumed; a model in memory is left
             partly pruned.
     """
-    started = time.perf_counter()
-    _check_arguments(output_dir, resume, callbacks)
-    with ExitStack() as outer:  # the end is reported only once the output has its name
-        with ExitStack() as stack:
-            ranks = stack.enter_context(joined())
-            stack.enter_context(torch.inference_mode(False))  # the caller's: gradients are taken
-            stack.enter_context(default_torch_settings())
-            plan = plan_run(model, recipe, output_dir, calibration, ranks, device, trust_remote_code)
-            stack.enter_context(memory_explained())
-            identified = _identity(plan, ranks, output_dir is not None)
-            destination = None
-            if output_dir is not None:
-                outer.enter_context(interruptible())
-                if ranks.first:
-                    size = plan.output_bytes
-                    opened = Destination.open(output_dir, size, identified, resume)
-                    destination = stack.enter_context(opened)
-            own_tokenizer = _tokenizer(plan, tokenizer)
-            display = make_progress() if progress and ranks.first else Progress()
-            display.reading(None if plan.source is None else plan.source.name)
-            text = ranks.on_rank0(lambda: load_calibration(plan.recipe, own_tokenizer, plan.calibration))
-            check_vocabulary(plan.model, text.tokens_NL)
-            network, weights = load_weights(plan)
-            run = RunState(plan.recipe, plan.methods, plan.device, plan.fallback, weights=weights, ranks=ranks)
-            run.note(*plan.notes, *weights.notes, *_notes(plan, network))
-            if ranks.first:
-                run.progress = outer.enter_context(Callbacks([display, *callbacks]))
-                run.progress.start(_start(plan))
-            run.memory = PeakMemory(plan.device)  # before the model generates text, whole on the device
-            if destination is not None:
-                prepare(network, to_save(plan.source, tokenizer, own_tokenizer), plan.source, destination.directory)
-            text = add_generated(text, network, own_tokenizer, plan.recipe, plan.device, ranks, run.progress)
-            run.note(*text.notes)
-            batches = text.tokens_NL[ranks.part(len(text.tokens_NL))].split(plan.batch_size)
-            if identified:
-                identified["tokens"] = data_hash(text.tokens_NL)
-                check_alike(identified, ranks)
-            if destination is not None:
-                run.writer = open_writer(network, plan.blocks, destination, identified, weights)
-                run.note(*destination.notes, *run.writer.notes)
-            give_back_freed_memory()
-            if ranks.size > 1:
-                run.note(f"{ranks.size} processes shared the work: sums, and masks where saliencies tie, may differ")
-            run.progress.notes(run.notes)
-            run.store = make_store(None if destination is None else destination.partial, ranks)
-            stacks = chosen_stacks(network, plan.recipe)
-            patterns = prune_model(network, stacks, batches, plan.patterns, run)
-            scopes = {pattern.scope for pattern in patterns.values() if isinstance(pattern, Unstructured)}
-            # A default scope stays open where there were no gradients, so that the recipe gives the same run again.
-            by_default = not plan.scope_named and not scopes <= {plan.recipe.scope}
-            applied = plan.recipe.replace(scope=None) if by_default else plan.recipe
-            run.note(*(note for notes in ranks.gather(run.store.notes) for note in notes))
-            peak = max(*ranks.gather(run.memory.peak()), run.resumed_peak)
-            seconds = time.perf_counter() - started + run.resumed_seconds
-            report = ranks.on_rank0(lambda: _report(network, plan, applied, text, run, peak, seconds))
-            if run.writer is not None:
-                base = None if plan.source is None else plan.source.repo
-                run.writer.publish(lambda directory: _write_reports(applied, report, directory, base))
-        run.progress.end(report)
+    with open_run(
+        model,
+        partial(resolve_recipe, recipe=Recipe() if recipe is None else recipe),
+        output_dir=output_dir,
+        tokenizer=tokenizer,
+        calibration=calibration,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        callbacks=callbacks,
+        progress=progress,
+        resume=resume,
+    ) as opened:
+        plan = opened.plan
+        stacks = chosen_stacks(opened.network, plan.options)
+        patterns = prune_model(opened.network, stacks, opened.batches, plan, opened.state)
+        scopes = {pattern.scope for pattern in patterns.values() if isinstance(pattern, Unstructured)}
+        # A default scope stays open where there were no gradients, so that the recipe gives the same run again.
+        by_default = not plan.scope_named and not scopes <= {plan.options.scope}
+        report = opened.publish(plan.options.replace(scope=None) if by_default else plan.options)
     return report
 
 
@@ -173,13 +244,13 @@ def _tokenizer(plan: Plan, tokenizer: PreTrainedTokenizerBase | None) -> PreTrai
 
 
 def _notes(plan: Plan, network: PreTrainedModel) -> list[str]:
-    recipe, notes = plan.recipe, []
+    options, notes, selector = plan.options, [], getattr(plan.options, "selector", "")
     if plan.calibration is not None:
         notes.append(CALLER_NOTE)
-    if not isinstance(recipe.selector, str):
-        notes.append(f"the selector is an object, and recipe.yaml has its class alone: {recipe.selector!r}")
-    if plan.source is None and recipe.dtype not in ("auto", dtype_name(network.dtype)):
-        notes.append(f"the model is in {dtype_name(network.dtype)}, not {recipe.dtype} as asked")
+    if not isinstance(selector, str):
+        notes.append(f"the selector is an object, and recipe.yaml has its class alone: {selector!r}")
+    if plan.source is None and options.dtype not in ("auto", dtype_name(network.dtype)):
+        notes.append(f"the model is in {dtype_name(network.dtype)}, not {options.dtype} as asked")
     return notes
 
 
@@ -187,13 +258,13 @@ def _identity(plan: Plan, ranks: Ranks, written: bool) -> dict[str, Any]:
     """What identifies the run, for ``--resume`` and for the other processes; empty if nobody asks."""
     if not written and ranks.size == 1:
         return {}
-    recipe = plan.recipe if plan.scope_named else plan.recipe.replace(scope=None)
     config = {key: value for key, value in plan.model.config.to_dict().items() if key not in SAVED}
     weights = hash_tensors(plan.model.state_dict().items()) if plan.source is None else weights_of(plan.source)
-    masks = recipe.mask_from and stamps({file for file, _ in MaskFiles(recipe.mask_from).files.values()})
+    masks_from = getattr(plan.options, "mask_from", None)
+    masks = masks_from and stamps({file for file, _ in MaskFiles(masks_from).files.values()})
     found: dict[str, Any] = {
-        "recipe": recipe.to_dict(),
-        "selector": re.sub(r" at 0x[0-9a-f]+", "", repr(recipe.selector)),  # addresses are no settings
+        "recipe": plan.identity,
+        "selector": re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(plan.options, "selector", ""))),  # no addresses
         "class": type(plan.model).__name__,
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "weights": weights,
@@ -221,29 +292,28 @@ def _start(plan: Plan) -> RunStart:
     return RunStart(
         model=plan.name,
         device=describe_device(plan.device),
-        recipe=plan.recipe.to_dict(),
+        recipe=plan.options.to_dict(),
         blocks=sum(bool(block.linears) for block in plan.blocks),
         linears=len(plan.linears),
-        samples=plan.recipe.samples(),
-        length=plan.recipe.max_seq_length,
+        samples=plan.options.samples(),
+        length=plan.options.max_seq_length,
     )
 
 
-def _report(
-    network: PreTrainedModel, plan: Plan, applied: Recipe, text: Calibration, run: RunState, peak: int, seconds: float
-) -> Report:
+def _report(opened: OpenRun[Any], applied: RunOptions, peak: int, seconds: float) -> Report:
+    network, plan, text, run = opened.network, opened.plan, opened.text, opened.state
     record = RunRecord(
         model=plan.name,
         model_revision=None if plan.source is None else plan.source.commit,
         processes=run.ranks.size,
         recipe=applied.to_dict(),
         versions=library_versions(),
-        seed=plan.recipe.seed,
+        seed=plan.options.seed,
         data_hash=data_hash(text.tokens_NL),
         num_tokens=text.tokens_NL.numel(),
         dataset_revision=text.revision,
         calibration_given=plan.calibration is not None,
-        selector_is_object=not isinstance(plan.recipe.selector, str),
+        selector_is_object=not isinstance(getattr(plan.options, "selector", ""), str),
         weights_left_out=run.weights.left_out,
         device=describe_device(plan.device),
         dtype=", ".join(sorted({dtype_name(p.dtype) for p in network.parameters()})),
@@ -256,9 +326,9 @@ def _report(
     return Report(record, tuple(run.linears), tuple(run.blocks))
 
 
-def _write_reports(recipe: Recipe, report: Report, directory: Path, base_model: str | None) -> None:
+def _write_reports(options: RunOptions, report: Report, directory: Path, base_model: str | None) -> None:
     write_card(directory, report, base_model)
     report.save(directory)
     (directory / "report.html").write_text(render_html(report), encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
-    recipe.save(directory / "recipe.yaml", CALLER_NOTE if report.run.calibration_given else "")
+    options.save(directory / "recipe.yaml", CALLER_NOTE if report.run.calibration_given else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,25 +14,22 @@ from optima.calibration.batch_size import BatchSize
 from optima.calibration.store import Store
 from optima.device import PeakMemory, Stopwatch
 from optima.distributed import ALONE, Ranks
-from optima.linear import Methods
+from optima.errors import ModelError
 from optima.models.blocks import Block
 from optima.models.offload import Read, Streamed, Weights
 from optima.models.save import Writer
-from optima.patterns import Pattern
-from optima.recipe import Recipe
+from optima.recipe import RunOptions
 from optima.reporting.callbacks import Callbacks
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 
 
 @dataclass
 class RunState:
-    """What the functions of ``optima.prune`` share.
+    """What the functions of a run share.
 
     Attributes:
-        recipe: resolved, see ``optima.plan``.
-        methods: selector and solver of each linear.
-        device: where blocks are pruned.
-        fallback: patterns in a stack without gradients, where they differ.
+        options: resolved, see ``optima.plan``.
+        device: where blocks run.
         first_block: number in the model of the first block of the stack that is pruned.
         weights: brings blocks to the device.
         ranks: the processes that share the work.
@@ -48,10 +45,8 @@ class RunState:
         clock: of what happens outside the blocks.
     """
 
-    recipe: Recipe
-    methods: Methods
+    options: RunOptions
     device: torch.device
-    fallback: Mapping[str, Pattern] = field(default_factory=dict)
     first_block: int = 0
     weights: Weights = field(default_factory=Weights)
     ranks: Ranks = ALONE
@@ -106,8 +101,8 @@ class RunState:
         """Load the weights of a block that an earlier run committed, and append its records."""
         with self.clock("read"):
             tensors = {name.removeprefix(f"{block.name}."): each for name, each in self._written(block).items()}
-            unknown = block.module.load_state_dict(tensors, strict=False).unexpected_keys
-            assert not unknown, f"{block.name} has no {unknown}"
+            if unknown := block.module.load_state_dict(tensors, strict=False).unexpected_keys:
+                raise ModelError(f"{block.name} has no {unknown[0]}: use --no-resume")
         self.blocks.append(done.block)
         self.linears.extend(done.linears)
         self.note(*done.notes)

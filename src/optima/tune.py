@@ -27,13 +27,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from optima.calibration.activations import Activations, Microbatch
+from optima.calibration.fisher import chosen_batches
 from optima.calibration.lm_head import LmHead, LogitsError
+from optima.calibration.weights import FisherWeights
 from optima.core.products import all_finite
-from optima.device import GRADIENT, backward_explained, full_precision, one_memory_error
+from optima.device import GRADIENT, Stopwatch, backward_explained, full_precision, one_memory_error
 from optima.distributed import Ranks
 from optima.errors import ModelError
 from optima.models.blocks import Block, Linear, routing_module
 from optima.models.forward import differentiable, hidden_of, rows_of
+from optima.recipe import RunOptions
 
 HELD_OUT = 8  # one sequence of so many is held out
 STEP = 4  # sequences of a step, over all ranks
@@ -134,43 +137,72 @@ class BlockError:
         return (cost_TS * weight_T.to(cost_T)[:, None]).mean()
 
 
-def tune_block(
-    block: Block,
-    keeps: Mapping[str, Tensor],
-    acts: Activations,
-    targets: Sequence[Tensor],
-    tuning: Tuning,
-    metric_EE: Tensor,
-    weights: Sequence[Tensor] | None = None,
-    lm_head: LmHead | None = None,
-    solutions: dict[str, Tensor] | None = None,
-) -> Tuned:
-    """Tune a block by the KL divergence of the logits, or else by the Fisher metric at its outputs.
+@dataclass
+class Tuner:
+    """Tunes the blocks of a stack towards the dense blocks' outputs.
 
-    Args:
-        block, keeps, acts, targets, tuning, solutions: see ``tune``.
-        metric_EE: the Fisher metric at the block's outputs.
-        weights: of the tokens of each batch, (T,), or None.
-        lm_head: the LM head, if it reads the output of the block.
+    Attributes:
+        tuning: how.
+        batches: those that blocks are tuned on.
+        dense: dense inputs of these batches.
+        fisher: gives the metric at each block's outputs, and the weights of tokens.
+        head: the LM head, by whose logits the last block is tuned; None: it is tuned as the others.
     """
-    cost: BlockError | LogitsError
-    try:
-        with full_precision(), one_memory_error(), ExitStack() as stack:
-            with acts.ranks.raised_on_all(torch.OutOfMemoryError), one_memory_error():
-                if lm_head is not None:
-                    tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
-                    cost = stack.enter_context(lm_head.error(acts))
-                else:
-                    cost = BlockError.by_loss(metric_EE.to(acts.device), weights)
-            tuned = tune(block, keeps, acts, targets, cost, tuning, solutions)
-    except torch.OutOfMemoryError:  # nothing of the block has changed yet
-        return Tuned((), 0, OUT_OF_MEMORY)
-    return replace(tuned, on_logits=lm_head is not None and bool(tuned.held_out))
+
+    tuning: Tuning
+    batches: list[int]
+    dense: Activations
+    fisher: FisherWeights
+    head: LmHead | None
+
+    def forward(self, block: Block, clock: Stopwatch) -> None:
+        """Advance the dense inputs to the outputs of the dense ``block``, which are the targets."""
+        with clock("forward"):
+            self.dense.forward(block)
+
+    def tune(
+        self,
+        block: Block,
+        keeps: Mapping[str, Tensor | None],
+        solutions: dict[str, Tensor],
+        acts: Activations,
+        clock: Stopwatch,
+    ) -> Tuned:
+        """Tune a block with the inputs ``acts``; a block that is out of memory stays as it is. See ``tune``."""
+        head = self.head if self.head is not None and block is self.head.stack.blocks[-1] else None
+        tuning, part, targets = self.tuning, acts.part(self.batches), self.dense.hidden
+        cost: BlockError | LogitsError
+        try:
+            with clock("tune" if head is None else "logits"), full_precision(), ExitStack() as stack:
+                stack.enter_context(one_memory_error())
+                with acts.ranks.raised_on_all(torch.OutOfMemoryError), one_memory_error():
+                    if head is not None:
+                        tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
+                        cost = stack.enter_context(head.error(part))
+                    else:
+                        tokens = self.fisher.tokens.get(block.name)
+                        weights = None if tokens is None else [tokens[batch] for batch in self.batches]
+                        cost = BlockError.by_loss(self.fisher.residual[block.name].to(acts.device), weights)
+                tuned = tune(block, keeps, part, targets, cost, tuning, solutions)
+        except torch.OutOfMemoryError:  # nothing of the block has changed yet
+            return Tuned((), 0, OUT_OF_MEMORY)
+        return replace(tuned, on_logits=head is not None and bool(tuned.held_out))
+
+
+def make_tuner(
+    acts: Activations, fisher: FisherWeights | None, head: LmHead | None, options: RunOptions
+) -> Tuner | None:
+    """A tuner of the stack that ``acts`` enters; None if its blocks are not tuned."""
+    if not options.tuning_epochs or fisher is None:
+        return None
+    tuning = Tuning(options.tuning_epochs, options.learning_rate, options.seed)
+    batches = chosen_batches(acts, options.tuning_fraction, tuned=True)
+    return Tuner(tuning, batches, acts.part(batches), fisher, head)
 
 
 def tune(
     block: Block,
-    keeps: Mapping[str, Tensor],
+    keeps: Mapping[str, Tensor | None],
     acts: Activations,
     targets: Sequence[Tensor],
     cost: BlockError | LogitsError,
@@ -181,7 +213,7 @@ def tune(
 
     Args:
         block: pruned, on the device of ``acts``.
-        keeps: keep_OD of its pruned linears by their full names.
+        keeps: of the linears to tune, by their full names: keep_OD, or None where all weights are tuned.
         acts: inputs of the pruned block, for the sequences of this rank.
         targets: of each batch, the output of the dense block on dense inputs.
         cost: what is minimised.
@@ -316,7 +348,14 @@ def changed(block: Block, pruned: Collection[str], tuned: bool = True) -> dict[s
     return {name: each for name, each in named.items() if id(each) in weights or (tuned and is_own_vector(name, each))}
 
 
-def _masters(block: Block, keeps: Mapping[str, Tensor], solutions: dict[str, Tensor]) -> dict[str, Tensor]:
+def changed_names(block: Block, pruned: Collection[str], tuned: bool) -> list[str]:
+    """Full names of the tensors of ``changed``."""
+    places = {each.data_ptr() for each in changed(block, pruned, tuned).values()}  # one may have several names
+    state = block.module.state_dict(prefix=f"{block.name}.")
+    return [name for name, tensor in state.items() if tensor.data_ptr() in places]
+
+
+def _masters(block: Block, keeps: Mapping[str, Tensor | None], solutions: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of what is tuned, in float32 at least, by name."""
     pruned: defaultdict[int, list[Linear]] = defaultdict(list)  # one parameter may hold many experts
     for linear in block.linears:
@@ -327,12 +366,14 @@ def _masters(block: Block, keeps: Mapping[str, Tensor], solutions: dict[str, Ten
         linears = pruned.get(id(parameter), [])
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         master = masters[name] = parameter.detach().to(dtype, copy=True).requires_grad_(True)
-        if linears:
+        for linear in linears:
+            if linear.name in solutions:  # before it was rounded; its memory is needed next
+                linear.orient(master.detach()).copy_(solutions.pop(linear.name))
+        if any(keeps[linear.name] is not None for linear in linears):
             keep_like = torch.zeros_like(master)  # a CPU multiplies by floats eight times as fast as by booleans
             for linear in linears:
-                linear.orient(keep_like).copy_(keeps[linear.name])
-                if linear.name in solutions:  # before it was rounded; its memory is needed next
-                    linear.orient(master.detach()).copy_(solutions.pop(linear.name))
+                keep_OD = keeps[linear.name]
+                linear.orient(keep_like).copy_(torch.ones(()) if keep_OD is None else keep_OD)
             master.register_post_accumulate_grad_hook(partial(_mask_gradient, keep_like))
     return masters
 

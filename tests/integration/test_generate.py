@@ -18,7 +18,7 @@ from optima.cli import main
 from optima.data.generate import generate_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError
-from optima.plan import resolve
+from optima.plan import resolve_recipe
 
 CPU = torch.device("cpu")
 # BOS, then consecutive tokens: each sequence has its own.
@@ -114,13 +114,13 @@ def test_a_share_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_recipe_with_it_serves_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(dataset=["a.txt"], self_generated=0.5, num_calibration_samples=4, max_seq_length=16)
-    assert resolve(make_llama(), recipe, CPU).recipe.self_generated == 0.5
-    plan = resolve(make_bert(), recipe, CPU)
-    assert plan.recipe.self_generated == 0.0
+    assert resolve_recipe(make_llama(), recipe, device=CPU).options.self_generated == 0.5
+    plan = resolve_recipe(make_bert(), recipe, device=CPU)
+    assert plan.options.self_generated == 0.0
     assert "does not generate" in plan.notes[-1]
     monkeypatch.setattr("optima.plan.MAIN_SHARE", 1e-12)
-    plan = resolve(make_llama(), recipe, CPU)
-    assert plan.recipe.self_generated == 0.0
+    plan = resolve_recipe(make_llama(), recipe, device=CPU)
+    assert plan.options.self_generated == 0.0
     assert "of the main memory" in plan.notes[-1]
     model = make_llama()
     monkeypatch.setattr(model, "generate", raising(AssertionError("it generates")))

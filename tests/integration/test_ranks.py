@@ -20,7 +20,7 @@ from runs import finish, start
 from tiny import VOCAB, load_weights, make_llama, save_model, save_text
 
 import optima
-from optima.calibration import fisher, statistics
+from optima.calibration import fisher, hessians
 from optima.calibration.activations import Activations
 from optima.checkpointing import Journal
 from optima.core import problem
@@ -190,7 +190,7 @@ class TestErrors:
     def test_of_one_ends_all(self) -> None:
         def prepare(rank: int) -> None:
             if rank == 1:
-                statistics.all_finite = lambda *tensors: False
+                hessians.all_finite = lambda *tensors: False
 
         assert finish_ranks(start_ranks(2, "out", prepare=prepare)) == [2, 2]
         assert "contain NaN or Inf" in said(2)[0]

@@ -17,7 +17,7 @@ from optima.data.generate import generate_tokens
 from optima.data.text import calibration_tokens, special_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError
-from optima.recipe import Recipe
+from optima.recipe import RunOptions
 from optima.reporting.callbacks import Callbacks
 
 
@@ -37,9 +37,9 @@ class Calibration:
 
 
 def load_calibration(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, calibration: Tensor | Iterable[str] | None
+    options: RunOptions, tokenizer: PreTrainedTokenizerBase | None, calibration: Tensor | Iterable[str] | None
 ) -> Calibration:
-    """The caller's calibration data, or that of the resolved recipe's datasets, without what the model generates.
+    """The caller's calibration data, or that of the datasets of the resolved options, without what the model generates.
 
     Raises:
         CalibrationError: if there is no text, too little of it, or no tokenizer to read it with.
@@ -48,29 +48,29 @@ def load_calibration(
         return Calibration(calibration.cpu().long())
     if tokenizer is None:
         raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids as a tensor")
-    documents = load_documents(recipe.dataset, tokenizer, seed=recipe.seed) if calibration is None else calibration
+    documents = load_documents(options.dataset, tokenizer, seed=options.seed) if calibration is None else calibration
     tokens_NL = calibration_tokens(
-        documents, tokenizer, recipe.samples() - _num_generated(recipe), recipe.max_seq_length
+        documents, tokenizer, options.samples() - _num_generated(options), options.max_seq_length
     )
     return Calibration(tokens_NL, revision=documents.revision if isinstance(documents, Documents) else None)
 
 
-def _num_generated(recipe: Recipe) -> int:
-    count = recipe.samples()
-    return min(max(int(recipe.self_generated * count), 1), count - 1) if recipe.self_generated else 0
+def _num_generated(options: RunOptions) -> int:
+    count = options.samples()
+    return min(max(int(options.self_generated * count), 1), count - 1) if options.self_generated else 0
 
 
 def add_generated(
     text: Calibration,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    recipe: Recipe,
+    options: RunOptions,
     device: torch.device,
     ranks: Ranks,
     progress: Callbacks,
 ) -> Calibration:
-    """``text``, and the sequences that the model generates, if the recipe asks for them."""
-    count, tokens_NL = _num_generated(recipe), text.tokens_NL
+    """``text``, and the sequences that the model generates, if the options ask for them."""
+    count, tokens_NL = _num_generated(options), text.tokens_NL
     if not count or tokenizer is None:
         return text
     progress.stage("generate", count)
@@ -79,10 +79,10 @@ def add_generated(
         tokens_NL,
         count,
         len(special_tokens(tokenizer).before),
-        seed=recipe.seed,
+        seed=options.seed,
         device=device,
         ranks=ranks,
         progress=progress.progress,
     )
-    note = f"self-generated calibration data: {count} of {recipe.samples()} sequences"
+    note = f"self-generated calibration data: {count} of {options.samples()} sequences"
     return replace(text, tokens_NL=torch.cat([tokens_NL, generated_NL]), notes=(*text.notes, note))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.activations import Activations, capture
-from optima.calibration.batch_size import BatchSize
-from optima.calibration.store import Store, make_store
+from optima.calibration.hessians import observe
 from optima.calibration.weights import FisherWeights
-from optima.checkpointing import Destination
 from optima.core.shifted import saliency_unit, scaled_weight
-from optima.data.calibration import add_generated, load_calibration
-from optima.device import default_torch_settings, memory_explained
-from optima.distributed import joined
 from optima.errors import ModelError, RecipeError
 from optima.extras.channels import Saliency, best_order, best_rotation, lost, reader_saliency, writer_saliency
-from optima.models.auxiliary import to_save
+from optima.loop import find_fisher_weights
 from optima.models.blocks import Block, Stack, linears_of
 from optima.models.channels import TOLERANCE, Channels, difference, find_channels, move
 from optima.models.forward import evaluating
-from optima.models.inspect import check_vocabulary
-from optima.models.load import load_tokenizer
-from optima.models.offload import Weights, outside_device
-from optima.models.save import open_writer, prepare
+from optima.models.offload import outside_device
 from optima.patterns import NM
-from optima.plan import Plan, chosen_stacks, load_weights, plan_run
-from optima.pruning import collect_hessians, find_fisher_weights
-from optima.recipe import Recipe
-from optima.reporting.callbacks import Callbacks, Progress, make_progress
+from optima.plan import PrunePlan, chosen_stacks, resolve_recipe
+from optima.recipe import SINK_WEIGHT, Recipe
+from optima.run import open_run
 from optima.state import RunState
-from optima.stopping import interruptible
 
 MOST_ZEROS = 0.1  # of a linear that is not pruned
 
@@ -97,81 +88,69 @@ def permute(
         OptimaError: for bad input, or if no channels of the model can be moved. Nothing is left half-written. A model
             in memory may compute something else then: load it anew.
     """
-    with ExitStack() as stack:
-        ranks = stack.enter_context(joined())
-        if ranks.size > 1:
-            raise RecipeError("channels are permuted by one process: start it without torchrun")
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(default_torch_settings())
-        if isinstance(recipe, Recipe):
-            recipe = recipe.replace(tuning_epochs=0)
-        plan = plan_run(model, recipe, output_dir, calibration, ranks, device, trust_remote_code)
-        if not any(isinstance(pattern, NM) for pattern in plan.patterns.values()):
-            raise RecipeError("permuted channels matter to patterns n:m alone: add --pattern 2:4, for example")
-        stack.enter_context(memory_explained())
-        destination = None
-        if output_dir is not None:
-            stack.enter_context(interruptible())
-            opened = Destination.open(output_dir, plan.output_bytes)
-            destination = stack.enter_context(opened)
-        own_tokenizer = load_tokenizer(plan.source) if plan.source is not None and tokenizer is None else tokenizer
-        shown = stack.enter_context(Callbacks([make_progress() if progress else Progress()]))
-        text = load_calibration(plan.recipe, own_tokenizer, plan.calibration)
-        check_vocabulary(plan.model, text.tokens_NL)
-        network, weights = load_weights(plan, "its channels are permuted")
-        if destination is not None:
-            prepare(network, to_save(plan.source, tokenizer, own_tokenizer), plan.source, destination.directory)
-        text = add_generated(text, network, own_tokenizer, plan.recipe, plan.device, ranks, shown)
-        search = _Search(
-            plan, network, weights, shown, make_store(None if destination is None else destination.partial, ranks)
-        )
-        with evaluating(network):
-            search.run(text.tokens_NL.split(plan.batch_size))
+    with open_run(
+        model,
+        partial(_resolve, recipe=Recipe() if recipe is None else recipe),
+        output_dir=output_dir,
+        tokenizer=tokenizer,
+        calibration=calibration,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+        whole="its channels are permuted",
+    ) as opened:
+        search = _Search(opened.plan, opened.network, opened.state)
+        with evaluating(opened.network):
+            search.run(opened.batches)
         found = search.found
         if not found.permuted and not found.rotated:
             raise ModelError(f"no channels can be permuted or rotated: {'; '.join(found.notes)}")
-        if destination is not None:
-            open_writer(network, plan.blocks, destination, {}, weights).publish(lambda directory: None)
-    found.notes.extend((*weights.notes, *text.notes))
+        if opened.state.writer is not None:
+            opened.state.writer.publish()
+    found.notes.extend(opened.state.notes)
     return found
+
+
+def _resolve(model: PreTrainedModel, recipe: Recipe, **options: Any) -> PrunePlan:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("channels are permuted by one process: start it without torchrun")
+    plan = resolve_recipe(model, recipe, **options)
+    if not any(isinstance(pattern, NM) for pattern in plan.patterns.values()):
+        raise RecipeError("permuted channels matter to patterns n:m alone: add --pattern 2:4, for example")
+    return replace(plan, options=plan.options.replace(tuning_epochs=0))
 
 
 @dataclass
 class _Search:
     """Permutes and rotates the channels of a model in memory, block by block."""
 
-    plan: Plan
+    plan: PrunePlan
     network: PreTrainedModel
-    weights: Weights
-    progress: Callbacks
-    store: Store
+    state: RunState
     found: Permutation = field(default_factory=Permutation)
 
     def run(self, batches: Sequence[Tensor]) -> None:
-        self.generator = torch.Generator().manual_seed(self.plan.recipe.seed)
+        self.generator = torch.Generator().manual_seed(self.plan.options.seed)
         self.patterns = {name: each for name, each in self.plan.patterns.items() if isinstance(each, NM)}
-        stacks = [stack for stack in chosen_stacks(self.network, self.plan.recipe) if stack.needed]
+        stacks = [stack for stack in chosen_stacks(self.network, self.plan.options) if stack.needed]
         for block in (block for stack in stacks for block in stack.blocks):
             _check_dense(block)
         for stack in stacks:
             self._move_stack(stack, batches)
 
     def _move_stack(self, stack: Stack, batches: Sequence[Tensor]) -> None:
-        plan = self.plan
-        with self.weights.outside(outside_device(self.network, plan.device)):
-            acts = capture(
-                self.network, stack, batches, whole=True, store=self.store, batch_size=BatchSize(plan.device)
-            )
-        methods = replace(plan.methods, needs=frozenset())  # saliencies need nothing that selectors ask for
-        run = RunState(plan.recipe, methods, plan.device, weights=self.weights, progress=self.progress)
-        uses_loss = plan.recipe.objective == "loss"
-        fisher = find_fisher_weights(self.network, stack, acts, run)[0] if uses_loss else None
-        self.progress.stage("permute", len(stack.blocks))
+        plan, state = self.plan, self.state
+        with state.weights.outside(outside_device(self.network, plan.device)):
+            acts = capture(self.network, stack, batches, whole=True, store=state.store, batch_size=state.batch_size)
+        fisher = None
+        if plan.options.objective == "loss":
+            fisher, _ = find_fisher_weights(self.network, stack, acts, state, coupled=False)
+        state.progress.stage("permute", len(stack.blocks))
         for block in stack.blocks:
-            with self.weights.on(block, plan.device, run.clock):
+            with state.weights.on(block, plan.device, state.clock):
                 self.linears = {linear.name: linear for linear in linears_of(block.module, block.name)}
                 found = self._movable(block, acts)
-                saliencies = self._saliencies(block, found, acts, fisher, run)
+                saliencies = self._saliencies(block, found, acts, fisher)
                 for each in found:
                     if not (own := saliencies[each.name]):
                         self.found.notes.append(f"{each.name}: no calibration token reached it: its channels stay")
@@ -179,8 +158,7 @@ class _Search:
                         self._rotate(each, own)
                     else:
                         self._permute(each, *own[0])
-            self.progress.block(block.name)
-        self.found.notes.extend(run.notes)
+            state.progress.block(block.name)
 
     def _movable(self, block: Block, acts: Activations) -> list[Channels]:
         """Channels that matter to an N:M pattern, and that may move while the block computes the same."""
@@ -206,7 +184,7 @@ class _Search:
         return found
 
     def _saliencies(
-        self, block: Block, found: Sequence[Channels], acts: Activations, fisher: FisherWeights | None, run: RunState
+        self, block: Block, found: Sequence[Channels], acts: Activations, fisher: FisherWeights | None
     ) -> dict[str, list[tuple[Any, NM]]]:
         """By the name of channels: of an MLP, the saliencies of the reader, (O, D); of heads, functions of a rotation.
 
@@ -214,7 +192,9 @@ class _Search:
         """
         by_linear = {name: each for each in found for name in each.linears & self.patterns.keys()}
         saliencies: defaultdict[str, list[tuple[Any, NM]]] = defaultdict(list)
-        for group in collect_hessians(block, acts, fisher, run, run.clock, onward=True):
+        options = self.plan.options
+        sink_weight = 0.0 if fisher is not None or options.objective == "plain" else SINK_WEIGHT
+        for group in observe(block, acts, sink_weight, options.damping, weights=fisher, onward=True):
             if (hessian := group.hessian) is None:
                 continue
             for linear in (linear for linear in group.linears if linear.name in by_linear):
