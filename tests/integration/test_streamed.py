@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,19 @@ def test_memory_left_changes_where_activations_wait_and_nothing_else(
     assert pruned(tmp_path / "model", tmp_path / "kept", **EVERYTHING) == expected
     notes = optima.load_report(tmp_path / "kept").run.notes
     assert any(note.startswith("activations exceeded main memory") for note in notes)
+
+
+def test_a_default_run_reads_each_block_five_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the probe, the gradient pass (forward and backward), the sensitivity pass and the solve."""
+    build("llama").save_pretrained(tmp_path / "model")
+    counts: Counter[str] = Counter()
+    read = Streamed.read
+
+    def counting(self: Streamed, names: list[str]) -> list[str]:
+        found = read(self, names)
+        counts.update({name.split("self_attn")[0] for name in found if "self_attn" in name})
+        return found
+
+    monkeypatch.setattr(Streamed, "read", counting)
+    pruned(tmp_path / "model", tmp_path / "out")
+    assert counts == {f"model.layers.{index}.": 5 for index in range(2)}

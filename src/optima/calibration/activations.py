@@ -10,6 +10,7 @@ Shapes: B sequences in a batch, L tokens in a sequence, D inputs, E hidden size.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
@@ -32,6 +33,10 @@ from optima.models.inspect import is_encoder_decoder
 from optima.patterns import kind
 
 PROBE_LENGTH = 8
+OWN_WAY = (
+    "run on its own, {} does not give what it gives inside {}, which calls it with more than is known here: this model "
+    "cannot be pruned"
+)
 # What a block is called with besides its hidden states (positions, masks, rotary embeddings ...), by place and by name.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -194,11 +199,20 @@ def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
     ``dtype``: of the weights, which may be coarser than that of the hidden states.
     """
-    if found.shape != expected.shape:
-        return False
+    if found.shape != expected.shape or not found.is_floating_point():
+        return torch.equal(found.cpu(), expected.cpu())
     own, coarsest = expected.float().cpu(), max(torch.finfo(each).eps for each in (found.dtype, dtype))
     tolerance = max(1e-4, 8 * coarsest) * own.nan_to_num(0, 0, 0).abs().max().item()
     return torch.allclose(found.float().cpu(), own, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def _alike(found: Any, expected: Any, dtype: torch.dtype) -> bool:
+    """Whether two sets of arguments hold the same tensors, but for rounding."""
+    pairs: tuple[list[Tensor], list[Tensor]] = [], []
+    for arguments, tensors in zip((found, expected), pairs, strict=True):
+        map_tensors(arguments, tensors.append)
+    same = len(pairs[0]) == len(pairs[1])
+    return same and all(agree(one, other, dtype) for one, other in zip(*pairs, strict=True))
 
 
 class _AllCaptured(Exception):  # noqa: N818 - not an error
@@ -236,17 +250,13 @@ def capture(
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
     length = PROBE_LENGTH * (1 + is_encoder_decoder(model))
     sample = ranks.on_rank0(lambda: batches[0][:1, :length])  # all ranks must find the same groups
-    probe = _probe(model, stack, sample)
+    probe, called = _probe(model, stack, sample)
     home = BatchSize(next(model.parameters()).device)
     trial = Activations(probe, length, [[] for _ in blocks], batch_size=home)
     _record(model, stack, [sample], trial)
-    for block in blocks:
-        trial.forward(block)
-        if not agree(trial.hidden[0], hidden_of(probe.outputs[block.index]), next(model.parameters()).dtype):
-            raise ModelError(
-                f"run on its own, {block.name} does not give what it gives inside {type(model).__name__}, which calls "
-                "it with more than is known here: this model cannot be pruned"
-            )
+    for block, ((found,), expected) in zip(blocks, zip(trial.arguments, called, strict=False), strict=True):
+        if not _alike(found, expected, next(model.parameters()).dtype):
+            raise ModelError(OWN_WAY.format(block.name, type(model).__name__))
     probe = replace(probe, outputs=map_tensors(probe.outputs, lambda tensor: tensor.new_zeros(()).expand(tensor.shape)))
     rows: list[int] = []
     map_tensors((trial.hidden, trial.arguments), lambda tensor: rows.append(len(tensor)) if tensor.ndim > 1 else None)
@@ -272,12 +282,11 @@ def _record(model: nn.Module, stack: Stack, batches: Sequence[Tensor], acts: Act
         acts.batches.append(batch)
 
     def called(block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        index, hidden, more = block.index, args[0] if args else kwargs["hidden_states"], args[1:]
-        named = {name: value for name, value in kwargs.items() if args or name != "hidden_states"}
+        index, (hidden, arguments) = block.index, _split(args, kwargs)
         if index == 0:
             acts.hidden.append(acts.store.keep(hidden.detach().cpu()))
         earlier = [*acts.arguments[index][-1:], *(acts.arguments[index - 1][-1:] if index else [])]
-        acts.arguments[index].append(_shared((more, named), earlier, acts.store.keep))
+        acts.arguments[index].append(_shared(arguments, earlier, acts.store.keep))
         if block is blocks[-1]:
             raise _AllCaptured
         if acts.probe.dense_arguments:
@@ -306,13 +315,14 @@ def _shared(value: Any, earlier: Any, keep: Callable[[Tensor], Tensor]) -> Any:
     return map_tensors(value, convert)
 
 
-def _probe(model: nn.Module, stack: Stack, batch: Tensor) -> Probe:
-    """Run the whole model once on a small batch.
+def _probe(model: nn.Module, stack: Stack, batch: Tensor) -> tuple[Probe, list[Arguments]]:
+    """Run the whole model once on a small batch; returns what it shows, and the arguments of each block.
 
     Raises:
-        ModelError: if it does not call its blocks once each, in order, on hidden states.
+        ModelError: if it does not call its blocks once each, in order, each on the hidden states of the one before.
     """
     called: list[int] = []
+    entered: list[Arguments] = []
     outputs: list[Any] = []
     groups: list[list[tuple[Linear, ...]]] = []
     inputs: defaultdict[str, list[object]] = defaultdict(list)
@@ -328,28 +338,44 @@ def _probe(model: nn.Module, stack: Stack, batch: Tensor) -> Probe:
             inputs[linear.name].append(identity)
             tokens[linear.name] += tensor.numel() // tensor.shape[-1]
 
+    def enter(block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, arguments = _split(args, kwargs)
+        if outputs and not agree(hidden, hidden_of(outputs[-1]), next(model.parameters()).dtype):
+            raise ModelError(OWN_WAY.format(block.name, type(model).__name__))
+        entered.append(map_tensors(arguments, lambda tensor: tensor))
+
     def leave(block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         nonlocal passed_on, shared_states
         found: defaultdict[object, list[Linear]] = defaultdict(list)
         for linear in block.linears:
             found[tuple(inputs[linear.name]) or linear.name].append(linear)
         groups.append([tuple(group) for group in found.values()])
-        inputs.clear()
-        held.clear()
         returned = {id(each) for other in outputs if isinstance(other, (tuple, list)) for each in other[1:]}
         for value in (*args, *kwargs.values()):
             passed_on |= isinstance(value, Tensor) and id(value) in returned
             shared_states |= isinstance(value, MutableMapping) and type(value) is not dict and len(value) > 0
+        inputs.clear()
+        held.clear()
         called.append(block.index)
         outputs.append(output)
 
     with ExitStack() as hooks, one_memory_error():
         for block in stack.blocks:
+            hooks.callback(block.module.register_forward_pre_hook(partial(enter, block), with_kwargs=True).remove)
             hooks.callback(block.module.register_forward_hook(partial(leave, block), with_kwargs=True).remove)
             hooks.enter_context(block.linearized())
             for linear in block.linears:
                 hooks.callback(linear.observe(partial(see, linear)).remove)
         forward(model, batch.clone())
+    _check_called(model, stack, called)
+    linears = [linear.name for block in stack.blocks for linear in block.linears]
+    every = math.prod(_check_outputs(model, stack, batch, hidden_of(outputs[0])))
+    routed = {kind(name) for name in linears if tokens[name] != every}
+    unordered = frozenset(name for name in linears if kind(name) in routed)
+    return Probe(groups, outputs, passed_on or shared_states, shared_states, unordered), entered
+
+
+def _check_called(model: nn.Module, stack: Stack, called: Sequence[int]) -> None:
     names = [block.name for block in stack.blocks]
     if called != list(range(len(names))):
         skipped = ", ".join(name for index, name in enumerate(names) if index not in called)
@@ -357,12 +383,18 @@ def _probe(model: nn.Module, stack: Stack, batch: Tensor) -> Probe:
             f"{type(model).__name__} does not call each of {names[0]} .. {names[-1]} exactly once, in order, in a "
             f"forward pass over text (not called: {skipped or 'none'}). Such blocks cannot be pruned"
         )
+
+
+def _check_outputs(model: nn.Module, stack: Stack, batch: Tensor, hidden: Any) -> tuple[int, int]:
+    """(B, L) of the hidden states; raise ``ModelError`` if the blocks return something else."""
     samples, length = stack_size(model, stack.part, batch)
-    hidden = hidden_of(outputs[0])
     counts = tuple(hidden.shape[:-1]) if isinstance(hidden, Tensor) else ()
     if counts[:2] != (samples, length) and counts != (length, samples) and counts[1:] != (samples, length):
         raise ModelError(f"the blocks of {type(model).__name__} return {counts}, not hidden states of {length} tokens")
-    linears = [linear.name for block in stack.blocks for linear in block.linears]
-    routed = {kind(name) for name in linears if tokens[name] != samples * length}
-    unordered = frozenset(name for name in linears if kind(name) in routed)
-    return Probe(groups, outputs, passed_on or shared_states, shared_states, unordered)
+    return samples, length
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
+    """The hidden states that a block is called with, and its other arguments."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden, (args[1:], {name: value for name, value in kwargs.items() if args or name != "hidden_states"})
