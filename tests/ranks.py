@@ -21,7 +21,12 @@ def free_port() -> int:
 
 
 def start_ranks(
-    size: int, out: str, *options: str, prepare: Callable[[int], object] = int, model: str = "model"
+    size: int,
+    out: str,
+    *options: str,
+    prepare: Callable[[int], object] = int,
+    model: str = "model",
+    verb: str = "prune",
 ) -> list[int]:
     """The process ids of ``optima prune``; ``prepare`` is called in each with its rank. Each has a file of messages."""
     port = free_port()
@@ -35,7 +40,8 @@ def start_ranks(
         return as_torchrun
 
     return [
-        start(out, *options, prepare=child(rank), messages=f"messages{rank}.txt", model=model) for rank in range(size)
+        start(out, *options, prepare=child(rank), messages=f"messages{rank}.txt", model=model, verb=verb)
+        for rank in range(size)
     ]
 
 

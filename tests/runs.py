@@ -27,9 +27,17 @@ MESSAGES = "messages.txt"
 
 
 def start(
-    out: str, *options: str, prepare: Callable[[], object] = int, messages: str = MESSAGES, model: str = "model"
+    out: str,
+    *options: str,
+    prepare: Callable[[], object] = int,
+    messages: str = MESSAGES,
+    model: str = "model",
+    verb: str = "prune",
 ) -> int:
-    """Starts ``optima prune``; returns its process id. ``prepare`` runs there first; stderr goes to ``messages``."""
+    """Starts ``optima prune``, or another verb; returns its process id.
+
+    ``prepare`` runs there first; stderr goes to ``messages``.
+    """
     child = os.fork()
     if child:
         return child
@@ -41,7 +49,7 @@ def start(
         sys.stderr = file  # pytest had put its own there, and takes what is logged
         logging.basicConfig(stream=file, force=True)
         prepare()
-        code = main(prune_arguments("--output-dir", out, *options, model=model))
+        code = main([verb, *prune_arguments("--output-dir", out, *options, model=model)[1:]])
         file.flush()
     os._exit(code)
 

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from optima.extras.semi_structured import accelerate as accelerate
     from optima.hub import push as push
     from optima.patterns import NM as NM, Unstructured as Unstructured
-    from optima.recipe import Recipe as Recipe, load_recipe as load_recipe
+    from optima.recipe import Recipe as Recipe, Shrink as Shrink, load_recipe as load_recipe
     from optima.reporting.callbacks import BlockEvent as BlockEvent, Callback as Callback, RunStart as RunStart
     from optima.reporting.record import Report as Report, load_report as load_report
     from optima.run import prune as prune
+    from optima.shrinking import shrink as shrink
 
 __version__ = "0.1.0"
 
@@ -26,10 +27,11 @@ _NAMES = {
     "extras.semi_structured": ["accelerate"],
     "hub": ["push"],
     "patterns": ["NM", "Unstructured"],
-    "recipe": ["Recipe", "load_recipe"],
+    "recipe": ["Recipe", "Shrink", "load_recipe"],
     "reporting.callbacks": ["BlockEvent", "Callback", "RunStart"],
     "reporting.record": ["Report", "load_report"],
     "run": ["prune"],
+    "shrinking": ["shrink"],
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [*_HOMES]

@@ -32,7 +32,7 @@ from optima.stopping import uninterrupted
 
 _logger = logging.getLogger("optima")
 
-FORMAT = 6  # of the journal: raised when an earlier one can no longer be resumed
+FORMAT = 7  # of the journal: raised when an earlier one can no longer be resumed
 RUN, JOURNAL, MODEL = "run.json", "journal.jsonl", "model"
 SHOWN = 60  # letters of a value in a message
 ENVIRONMENT = "environment"  # of a run: versions and device, which may change before it is resumed
@@ -72,9 +72,10 @@ def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
 class Journal:
     """One JSON object per line, each on the disk when ``append`` returns.
 
-    {"journal": 6, "run": {...}, "command": ...}                      the first line
+    {"journal": 7, "run": {...}, "command": ...}                      the first line
     {"block": name, "files": {name: sha256, ...}, ...}                a committed block, see ``optima.models.save``
     {"note": text}                                                    for the report
+    {"decided": name, "value": ...}                                   once for the whole run, before the first block
 
     A line that is no JSON ends what counts; the last one may have been torn by a kill.
 
@@ -105,6 +106,10 @@ class Journal:
     def blocks(self) -> list[dict[str, Any]]:
         """The lines of committed blocks."""
         return [line for line in self.lines if "block" in line]
+
+    def decided(self, name: str) -> Any:
+        """What an earlier run decided under this name; None if nothing."""
+        return next((line["value"] for line in self.lines if line.get("decided") == name), None)
 
     @property
     def holds_work(self) -> bool:

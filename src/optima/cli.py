@@ -19,7 +19,17 @@ from rich.text import Text
 import optima
 from optima.console import OwnConsole, printable, say
 from optima.errors import OptimaError, RankError
-from optima.recipe import GROUPS, PRESETS, SELECTOR_NAMES, Recipe, load_recipe, recipe_text
+from optima.recipe import (
+    GROUPS,
+    SELECTOR_NAMES,
+    Options,
+    Recipe,
+    RunOptions,
+    Shrink,
+    load_options,
+    load_recipe,
+    recipe_text,
+)
 
 EXAMPLES = """examples, for a MODEL of the hub or a directory:
   optima plan MODEL
@@ -77,26 +87,30 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (auto)")
         option("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
 
-    option = add("prune", "prune a model in one shot", "MODEL --output-dir DIR [options]", epilog=SELECTORS)
-    option("model", metavar="MODEL", help=MODEL)
-    option("--output-dir", metavar="DIR", required=True, help="for the pruned checkpoint and its report")
-    option("--resume", action="store_true", help="continue an unfinished run in that place")
-    option("--no-resume", dest="resume", action="store_false", help="delete an unfinished run in that place")
-    option("--push-to-hub", metavar="REPO", help="upload the output to this hub repository")
-    option("--private", action="store_true", help="create that repository as private")
-    add_device(option)
-    _add_recipe(commands["prune"])
+    for name, text, kind, epilog in (
+        ("prune", "prune a model in one shot", Recipe, SELECTORS),
+        ("shrink", "remove neurons and blocks: smaller and faster everywhere", Shrink, ""),
+    ):
+        option = add(name, text, "MODEL --output-dir DIR [options]", epilog=epilog)
+        option("model", metavar="MODEL", help=MODEL)
+        option("--output-dir", metavar="DIR", required=True, help="for the new checkpoint and its report")
+        option("--resume", action="store_true", help="continue an unfinished run in that place")
+        option("--no-resume", dest="resume", action="store_false", help="delete an unfinished run in that place")
+        option("--push-to-hub", metavar="REPO", help="upload the output to this hub repository")
+        option("--private", action="store_true", help="create that repository as private")
+        add_device(option)
+        _add_recipe(commands[name], kind)
 
-    option = add("plan", "show what would be pruned, and its peak memory", "MODEL [options]", epilog=SELECTORS)
+    option = add("plan", "show what would be done, and its peak memory", "MODEL [options]", epilog=SELECTORS)
     option("model", metavar="MODEL", help=MODEL)
     add_device(option)
-    _add_recipe(commands["plan"])
+    _add_recipe(commands["plan"], Recipe, Shrink)
 
     option = add("permute", "permute channels so that n:m loses less", "MODEL --output-dir DIR --pattern 2:4 [options]")
     option("model", metavar="MODEL", help=MODEL)
     option("--output-dir", metavar="DIR", required=True, help="for the same model, to be pruned then")
     add_device(option)
-    _add_recipe(commands["permute"])
+    _add_recipe(commands["permute"], Recipe)
 
     option = add("eval", "measure and compare models", "MODEL [MODEL ...] [options]")
     option("models", nargs="+", metavar="MODEL", help="hub ids, directories or GGUF files, reference first")
@@ -143,11 +157,14 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     return parser, commands
 
 
-def _add_recipe(parser: _Parser) -> None:
-    """An option for each field of a recipe, by group, and those of the run."""
-    parser.add_argument("--recipe", metavar="NAME", help="YAML file, or a preset of optima recipe")
-    groups = {name: parser.add_argument_group(f"{name} ({text})") for name, text in GROUPS.items()}
-    for name, field in Recipe.model_fields.items():
+def _add_recipe(parser: _Parser, *kinds: type[RunOptions]) -> None:
+    """An option for each field of these options, by group, and the presets."""
+    presets = ", ".join(kinds[0].presets) if kinds[0] is Shrink else "a preset of optima recipe"
+    parser.add_argument("--recipe", metavar="NAME", help=f"YAML file, or {presets}")
+    fields: dict[str, Any] = {name: field for kind in reversed(kinds) for name, field in kind.model_fields.items()}
+    used = {field.json_schema_extra["group"] for field in fields.values()}
+    groups = {name: parser.add_argument_group(f"{name} ({text})") for name, text in GROUPS.items() if name in used}
+    for name, field in fields.items():
         extra: Any = field.json_schema_extra
         flag, many = f"--{name.replace('_', '-')}", isinstance(field.default, list)
         if field.default is False:
@@ -159,11 +176,11 @@ def _add_recipe(parser: _Parser) -> None:
         groups[extra["group"]].add_argument(flag, metavar=extra["metavar"], help=text, **options)
 
 
-def _pop_recipe(options: dict[str, Any]) -> Recipe:
-    """The recipe file or preset, if one is named, with the recipe's options removed from ``options`` over it."""
-    flags = {name: options.pop(name) for name in Recipe.model_fields.keys() & options.keys()}
+def _pop_recipe(options: dict[str, Any], kind: type[Options]) -> Options:
+    """The options of the file or preset, if one is named, with the flags removed from ``options`` over them."""
+    flags = {name: options.pop(name) for name in kind.model_fields.keys() & options.keys()}
     name = options.pop("recipe", None)
-    return Recipe(**flags) if name is None else load_recipe(name, **flags)
+    return kind(**flags) if name is None else load_options(kind, name, **flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,19 +234,32 @@ def _say(text: str) -> None:
     print(printable(text))
 
 
-def _prune(
-    model: str, output_dir: str, push_to_hub: str | None = None, private: bool | None = None, **options: Any
+def _prune(model: str, **options: Any) -> None:
+    _run(model, "prune", _pop_recipe(options, Recipe), **options)
+
+
+def _shrink(model: str, **options: Any) -> None:
+    _run(model, "shrink", _pop_recipe(options, Shrink), **options)
+
+
+def _run(
+    model: str,
+    verb: str,
+    recipe: RunOptions,
+    output_dir: str,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    **options: Any,
 ) -> None:
     from optima.reporting.summary import render_summary
 
-    recipe = _pop_recipe(options)
     _quiet_console()
     if push_to_hub is not None:  # what the hub refuses is refused before the run
         from optima.hub import open_repo
 
         push_to_hub = open_repo(push_to_hub, private)
     try:
-        report = optima.prune(model, recipe, output_dir=output_dir, **options)
+        report = getattr(optima, verb)(model, recipe, output_dir=output_dir, **options)
     except RankError:  # the launcher stops this process too: not before it has said so
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
@@ -246,7 +276,12 @@ def _push(directory: str, repo: str, **options: Any) -> None:
 
 
 def _plan(model: str, device: str = "auto", trust_remote_code: bool = False, **options: Any) -> None:
-    recipe = _pop_recipe(options)
+    shrinks = bool({"neurons", "blocks"} & options.keys())
+    recipe: RunOptions = _pop_recipe(options, Shrink if shrinks else Recipe)
+    if options:
+        raise OptimaError(
+            f"--{min(options).replace('_', '-')} is no option of a plan to {'shrink' if shrinks else 'prune'}"
+        )
     console = _quiet_console()
     from optima.models.load import find_source
     from optima.plan import make_plan, print_plan
@@ -255,7 +290,7 @@ def _plan(model: str, device: str = "auto", trust_remote_code: bool = False, **o
 
 
 def _permute(model: str, **options: Any) -> None:
-    recipe = _pop_recipe(options)
+    recipe = _pop_recipe(options, Recipe)
     _quiet_console()
     _say(str(optima.permute(model, recipe, **options)))
     _say(f"the same model, its channels permuted: {options['output_dir']}; prune it next")
@@ -301,8 +336,8 @@ def _restore(directory: str, **options: Any) -> None:
 
 def _recipe(name: str | None = None) -> None:
     if name is None:
-        width = max(map(len, PRESETS))
-        _say("\n".join(f"{preset:{width}}  {recipe_text(preset).splitlines()[0][2:]}" for preset in PRESETS))
+        width = max(map(len, Recipe.presets))
+        _say("\n".join(f"{preset:{width}}  {recipe_text(preset).splitlines()[0][2:]}" for preset in Recipe.presets))
     else:
         load_recipe(name)
         _say(recipe_text(name).rstrip())
@@ -317,7 +352,19 @@ def _demo(model: str, output_dir: str, num_calibration_samples: int) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     name: globals()[f"_{name}"]
-    for name in ("prune", "plan", "permute", "eval", "report", "compress", "restore", "push", "recipe", "demo")
+    for name in (
+        "prune",
+        "shrink",
+        "plan",
+        "permute",
+        "eval",
+        "report",
+        "compress",
+        "restore",
+        "push",
+        "recipe",
+        "demo",
+    )
 }
 
 

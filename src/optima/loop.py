@@ -21,7 +21,7 @@ from optima.device import Stopwatch, full_precision, give_back_freed_memory
 from optima.errors import NotDifferentiableError
 from optima.models.blocks import Block, Stack
 from optima.recipe import FISHER_FRACTION
-from optima.reporting.record import BlockRecord, LinearRecord
+from optima.reporting.record import BlockRecord, LinearRecord, UnitRecord
 from optima.state import RunState
 from optima.tune import Tuned, Tuner, changed_names
 
@@ -33,12 +33,18 @@ class Outcome:
     """What the step of a block did.
 
     Attributes:
-        records: of the linears that it changed, in order.
+        records: of the linears that it pruned, in order.
+        units: records of the structures that it removed.
+        names: full names of the tensors of those structures, which have other shapes now.
+        block: the block with the linears to tune; None: as the step got it.
         keeps: of the linears to tune, by their full names: the mask, or None where all weights are tuned.
         solutions: weights of linears before rounding, where tuning starts.
     """
 
     records: list[LinearRecord] = field(default_factory=list)
+    units: list[UnitRecord] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    block: Block | None = None
     keeps: Mapping[str, Tensor | None] = field(default_factory=dict)
     solutions: dict[str, Tensor] = field(default_factory=dict)
 
@@ -55,6 +61,7 @@ def run_blocks(
     run: RunState,
     step: Step,
     runs_again: bool = False,
+    stage: str = "prune",
 ) -> None:
     """Run ``step`` on each block, tune it, and commit it; blocks that an earlier run committed are replayed.
 
@@ -66,9 +73,10 @@ def run_blocks(
         run: settings and records.
         step: changes a block, which is on the device.
         runs_again: whether the model will run these blocks for a later stack.
+        stage: what progress calls it.
     """
     blocks, committed = stack.blocks[: stack.needed], run.committed()
-    run.progress.stage("prune", len(blocks), sum(block.name in committed for block in blocks))
+    run.progress.stage(stage, len(blocks), sum(block.name in committed for block in blocks))
     for block in blocks:
         done, noted = committed.get(block.name), len(run.notes)
         clock = Stopwatch(run.device, run.progress.step) if done is None else run.clock
@@ -77,29 +85,33 @@ def run_blocks(
                 tuner.forward(block, clock)
             if done is None:
                 outcome, tuned = step(block, clock), Tuned((), 0)
+                whole = outcome.block or block
                 if tuner is not None and outcome.keeps:
-                    tuned = tuner.tune(block, outcome.keeps, outcome.solutions, acts, clock)
+                    tuned = tuner.tune(whole, outcome.keeps, outcome.solutions, acts, clock)
                     run.note(tuned.problem)
                 records = [_tuned(record, block) if tuned.best else record for record in outcome.records]
+                changed = outcome.keeps.keys() if tuned.best else {record.name for record in records}
+                names = list(dict.fromkeys([*outcome.names, *changed_names(whole, changed, tuned.best > 0)]))
+                units = outcome.units
                 del outcome
             else:
                 run.replay(block, done)
-                records, tuned = list(done.linears), Tuned(done.block.tuning, done.block.tuning_epoch)
+                records, units = list(done.linears), list(done.units)
+                names = changed_names(block, {record.name for record in records}, done.block.tuning_epoch > 0)
             if fisher is not None:
                 fisher.forget([block.name, *(linear.name for linear in block.linears)])
             if block is not blocks[-1]:
                 with clock("forward"):
                     acts.forward(block)
-            names = changed_names(block, {record.name for record in records}, tuned=tuned.best > 0)
             if done is None:
                 index, times = run.first_block + block.index, dict(clock.seconds)
                 record = BlockRecord(index, block.name, times, tuned.held_out, tuned.best, tuned.on_logits)
-                run.commit(block, record, records, names, noted)
+                run.commit(block, record, records, units, names, noted)
             if runs_again:
                 run.weights.replaced(block, run.reader(block, names))
         give_back_freed_memory()
         run.progress.notes(run.notes)
-        run.progress.block(block.name, run.blocks[-1], records, resumed=done is not None)
+        run.progress.block(block.name, run.blocks[-1], records, units, resumed=done is not None)
 
 
 def find_fisher_weights(

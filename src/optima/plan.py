@@ -25,18 +25,30 @@ from optima.distributed import Ranks
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.linear import Methods
 from optima.main_memory import total_memory
-from optima.models.blocks import Block, Linear, Stack, count_parameters, dense_notes, find_stacks, select_linears
-from optima.models.inspect import check_length
+from optima.models.blocks import (
+    Block,
+    Linear,
+    Stack,
+    count_parameters,
+    dense_notes,
+    find_stacks,
+    is_expert,
+    select_linears,
+)
+from optima.models.inspect import check_length, head_of
 from optima.models.load import Source, dtype_as_read, find_source, skeleton
 from optima.models.masks import MaskFiles
 from optima.models.offload import Weights, open_weights
 from optima.patterns import NM, Pattern, Scope, Unstructured, kind
-from optima.recipe import BYTES_PER_TUNED, Recipe, RunOptions
+from optima.recipe import BYTES_PER_TUNED, DEFAULT_EPOCHS, Recipe, RunOptions, Shrink
+from optima.reporting.record import Size
 from optima.reporting.summary import runtime_note
 from optima.selectors.alps import ALPS
 from optima.selectors.base import Selector, load_foreign, make_selector
 from optima.selectors.external import External
 from optima.selectors.optima import Optima
+from optima.structures.config import skeleton_of, smaller_config
+from optima.structures.neurons import find_neurons
 
 BATCH_SIZE, CPU_TOKENS = 8, 2048  # of a forward pass; larger activations leave the caches of a CPU
 # Shares of the main and the device memory that the whole model may take while it generates.
@@ -62,6 +74,7 @@ class Plan:
         device: where blocks run.
         calibration: of the caller: token ids (N, L), or documents; None: the dataset of the options is read.
         notes: which weights stay dense, and what was resolved otherwise than asked.
+        sizes: of the dense and of the smaller model, if structures are removed.
     """
 
     model: PreTrainedModel
@@ -72,6 +85,7 @@ class Plan:
     device: torch.device
     calibration: Any
     notes: tuple[str, ...]
+    sizes: tuple[Size, ...] = ()
 
     @property
     def blocks(self) -> list[Block]:
@@ -97,6 +111,12 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """The options that identify a run."""
         return self.options.to_dict()
+
+    @property
+    def task(self) -> str:
+        """What is done, in a line of progress."""
+        blocks = sum(bool(block.linears) for block in self.blocks)
+        return f"pruning {len(self.linears)} linears in {blocks} blocks"
 
     @property
     def output_bytes(self) -> int:
@@ -126,6 +146,40 @@ class PrunePlan(Plan):
     def identity(self) -> dict[str, Any]:
         """See ``Plan``; the default scope depends on the model."""
         return (self.options if self.scope_named else self.options.replace(scope=None)).to_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkPlan(Plan):
+    """The removal of structures, resolved for a model.
+
+    Attributes:
+        options: what is removed, and how the rest is repaired.
+        width: neurons of each MLP that stay; None: all.
+        sizes: of the dense and of the smaller model.
+    """
+
+    options: Shrink
+    width: int | None
+    sizes: tuple[Size, ...]
+
+    def stack_of(self, model: PreTrainedModel) -> Stack:
+        """The stack of ``model``, with the linears that the loss is observed at."""
+        return _observed(find_stacks(model)[0], self.width)
+
+    @property
+    def task(self) -> str:
+        """See ``Plan``."""
+        neurons = [] if self.width is None else [f"all but {self.width:,} neurons of each block"]
+        blocks = [f"{self.options.blocks} of {len(self.blocks)} blocks"] if self.options.blocks else []
+        return f"removing {' and '.join(blocks + neurons)}"
+
+
+def _size(model: PreTrainedModel, itemsize: int) -> Size:
+    blocks, head = (block for stack in find_stacks(model) for block in stack.blocks), head_of(model)
+    used = {id(linear.parameter): linear.parameter.numel() for block in blocks for linear in block.linears}
+    used |= {} if head is None else {id(parameter): parameter.numel() for parameter in head.parameters()}
+    parameters = count_parameters(model)
+    return Size(parameters, parameters * itemsize, 2 * sum(used.values()))
 
 
 Planned = TypeVar("Planned", bound=Plan)
@@ -160,9 +214,10 @@ def plan_run(
     return plan
 
 
-def make_plan(source: Source, recipe: Recipe, device: str = "auto") -> PrunePlan:
-    """Plan pruning ``source`` without its weights; arguments and errors as of ``resolve_recipe``."""
-    return resolve_recipe(skeleton(source), recipe, device=named_device(device), source=source)
+def make_plan(source: Source, options: RunOptions, device: str = "auto") -> Plan:
+    """Plan pruning or shrinking ``source`` without its weights; arguments and errors as of ``resolve_recipe``."""
+    resolve: Callable[..., Plan] = resolve_shrink if isinstance(options, Shrink) else resolve_recipe
+    return resolve(skeleton(source), options, device=named_device(device), source=source)
 
 
 def resolve_recipe(
@@ -216,6 +271,66 @@ def resolve_recipe(
         fallback=fallback,
         scope_named=scope_named,
     )
+
+
+def resolve_shrink(
+    model: PreTrainedModel,
+    options: Shrink,
+    *,
+    device: torch.device,
+    source: Source | None = None,
+    calibration: object = None,
+    trust_remote_code: bool = False,
+) -> ShrinkPlan:
+    """Check what ``options`` remove from a model, without its weights; arguments as of ``resolve_recipe``.
+
+    Raises:
+        OptimaError: for what cannot be done.
+    """
+    if not isinstance(options, Shrink):
+        raise RecipeError(f"options must be a Shrink, got {type(options).__name__}: optima.Shrink(neurons=0.25)")
+    stack, *others = find_stacks(model)
+    if others:
+        raise ModelError(f"{type(model).__name__} has an encoder and a decoder: models with one stack can be shrunk")
+    total, width = len(stack.blocks), None
+    if (count := options.blocks or 0) > total - 2:
+        raise RecipeError(f"blocks must be at most {total - 2}: of {total} blocks, the first and the last one stay")
+    if options.neurons is not None:
+        dense = find_neurons(stack.blocks[0]).read_HCW.shape[-1]
+        width = round(dense * (1.0 - options.neurons) / options.multiple) * options.multiple
+        if not 0 < width < dense:
+            raise RecipeError(
+                f"neurons {options.neurons:g} of {dense} leaves {width} in multiples of {options.multiple}: give "
+                "another fraction, or a smaller --multiple"
+            )
+    config = smaller_config(model, stack, range(1, count + 1), width)  # whichever go, they are so many
+    options = options.replace(tuning_epochs=DEFAULT_EPOCHS if options.tuning_epochs is None else options.tuning_epochs)
+    stack = _observed(stack, width)
+    options, notes = resolve_calibration(options, model, [stack], device, source, calibration)
+    dtype = _dtype(model, source, options)
+    return ShrinkPlan(
+        model=model,
+        source=source,
+        options=options,
+        stacks=(stack,),
+        dtype=dtype,
+        device=device,
+        calibration=calibration,
+        notes=notes,
+        width=width,
+        sizes=tuple(_size(each, dtype.itemsize) for each in (model, skeleton_of(model, config))),
+    )
+
+
+def _observed(stack: Stack, width: int | None) -> Stack:
+    """The stack with the readers of neurons alone, or where all neurons stay with one linear of each block."""
+
+    def chosen(block: Block) -> Block:
+        plain = [linear for linear in block.linears if not is_expert(linear) and linear.name not in block.routers]
+        name = plain[-1].name if width is None else find_neurons(block).reader
+        return replace(block, linears=tuple(linear for linear in plain if linear.name == name))
+
+    return replace(stack, blocks=tuple(map(chosen, stack.blocks)))
 
 
 def _dtype(model: PreTrainedModel, source: Source | None, options: RunOptions) -> torch.dtype:
@@ -348,26 +463,64 @@ def load_weights(plan: Plan, whole: str | None = None) -> tuple[PreTrainedModel,
     return open_weights(plan.source, plan.model, plan.options.dtype, whole)
 
 
-def estimate_memory(plan: PrunePlan, streamed: bool) -> tuple[int, int]:
+def estimate_memory(plan: Plan, streamed: bool) -> tuple[int, int]:
     """About the bytes of memory for weights and work, and those of activations, which may be in files."""
-    recipe, itemsize, work = plan.options, plan.dtype.itemsize, 0
+    options, itemsize, work = plan.options, plan.dtype.itemsize, 0
     sizes = [count_parameters(block.module) for block in plan.blocks]
     whole = count_parameters(plan.model)
     weights = (whole - sum(sizes) + 2 * max(sizes) if streamed else whole) * itemsize
-    for block in plan.blocks:
+    for block, size in zip(plan.blocks, sizes, strict=True):
         hessians = sum(8 * linear.shape[1] ** 2 for linear in block.linears)
         shapes = [linear.shape for linear in block.linears]
         solving = max((BYTES_PER_ENTRY * d * d + BYTES_PER_WEIGHT * o * d for o, d in shapes), default=0)
-        tuning = BYTES_PER_TUNED * sum(o * d for o, d in shapes) if recipe.tuning_epochs else 0
+        trained = size if isinstance(plan, ShrinkPlan) else sum(o * d for o, d in shapes)
+        tuning = BYTES_PER_TUNED * trained if options.tuning_epochs else 0
         work = max(work, hessians + max(solving, tuning))
     hidden = getattr(plan.model.config.get_text_config(), "hidden_size", None) or 0
     # The gradient pass has the inputs of all blocks, of a quarter of the text.
-    copies = max(2, 1 + len(sizes) / 4) if recipe.objective == "loss" else 1
-    return LIBRARIES_BYTES + weights + work, int(recipe.samples() * recipe.max_seq_length * hidden * itemsize * copies)
+    copies = max(2, 1 + len(sizes) / 4) if getattr(options, "objective", "") == "loss" else 1
+    return LIBRARIES_BYTES + weights + work, int(
+        options.samples() * options.max_seq_length * hidden * itemsize * copies
+    )
 
 
-def print_plan(plan: PrunePlan, name: str, console: Console) -> None:
-    """Print ``plan`` as a table, with blocks alike in one group, and its memory."""
+def print_plan(plan: Plan, name: str, console: Console) -> None:
+    """Print ``plan``: what goes, and its memory."""
+    options = plan.options
+    resident = bool(options.self_generated) or bool(plan.source and plan.source.gguf_file)
+    memory, activations = estimate_memory(plan, streamed=not resident)
+    size = plan.sizes[-1].bytes if plan.sizes else plan.output_bytes
+    what = _shrink_lines(plan) if isinstance(plan, ShrinkPlan) else _prune_lines(plan, name, console)
+    lines = [
+        *what,
+        f"calibration: {options.samples()} x {options.max_seq_length} tokens, batch size {options.batch_size}",
+        f"memory: about {memory / GIB:.2f} GiB, with {'the whole model' if resident else 'two blocks at a time'}",
+        f"activations: about {activations / GIB:.2f} GiB, in files where main memory is short",
+        f"disk: {size / GIB:.2f} GiB for the result",
+        *(f"note: {note}" for note in plan.notes),
+    ]
+    if isinstance(plan, PrunePlan):
+        if any(isinstance(each, NM) for each in plan.patterns.values()):
+            lines.append("note: N:M patterns lose less after `optima permute`, which moves the channels of the model")
+        runtime = runtime_note(str(each) for each in plan.patterns.values()).replace("**", "").replace("`", "")
+        lines.append(f"note: {runtime}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _shrink_lines(plan: ShrinkPlan) -> list[str]:
+    dense, small = plan.sizes
+    return [
+        f"{plan.task}; which ones, the run finds out",
+        f"parameters: {dense.parameters:,} to {small.parameters:,} ({small.parameters / dense.parameters:.1%})",
+        f"FLOPs per token: {dense.flops:,} to {small.flops:,} ({small.flops / dense.flops:.1%})",
+        f"repair: {plan.options.tuning_epochs} epochs of tuning",
+    ]
+
+
+def _prune_lines(plan: Plan, name: str, console: Console) -> list[str]:
+    """Print the table of linears, with blocks alike in one group; the lines below it."""
+    assert isinstance(plan, PrunePlan)
     table = Table(title=f"{name}: what would be pruned", title_justify="left")
     for heading in ("blocks", "linear", "outputs x inputs", "sparsity"):
         table.add_column(heading)
@@ -379,27 +532,14 @@ def print_plan(plan: PrunePlan, name: str, console: Console) -> None:
         table.add_section()
     console.print(table)
     sizes = {linear.name: math.prod(linear.shape) for linear in plan.linears}
-    pruned, whole = sum(sizes.values()), count_parameters(plan.model)
+    pruned, whole, recipe = sum(sizes.values()), count_parameters(plan.model), plan.options
     sparsity = sum(plan.patterns[linear].sparsity * size for linear, size in sizes.items()) / pruned
-    recipe = plan.options
-    resident = bool(recipe.self_generated) or bool(plan.source and plan.source.gguf_file)
-    memory, activations = estimate_memory(plan, streamed=not resident)
-    lines = [
+    return [
         f"weights in these linears: {pruned:,} of {whole:,} parameters ({pruned / whole:.0%})",
         f"sparsity of these linears: {sparsity:.2%}{', the mean' * (recipe.allocation == 'loss')}",
-        f"calibration: {recipe.samples()} x {recipe.max_seq_length} tokens, batch size {recipe.batch_size}",
         f"method: selector {recipe.selector}, objective {recipe.objective}, allocation {recipe.allocation}, "
         f"solver {recipe.solver}, {recipe.tuning_epochs} epochs of tuning",
-        f"memory: about {memory / GIB:.2f} GiB, with {'the whole model' if resident else 'two blocks at a time'}",
-        f"activations: about {activations / GIB:.2f} GiB, in files where main memory is short",
-        f"disk: {whole * plan.dtype.itemsize / GIB:.2f} GiB for the result",
-        *(f"note: {note}" for note in plan.notes),
     ]
-    if any(isinstance(each, NM) for each in plan.patterns.values()):
-        lines.append("note: N:M patterns lose less after `optima permute`, which moves the channels of the model")
-    runtime = runtime_note(str(each) for each in plan.patterns.values()).replace("**", "").replace("`", "")
-    for line in [*lines, f"note: {runtime}"]:
-        console.print(line, highlight=False, markup=False)
 
 
 def _rows(plan: PrunePlan, block: Block) -> dict[tuple[str, str, str], int]:

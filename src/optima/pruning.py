@@ -113,7 +113,7 @@ class PruneStep:
         if run.ranks.size > 1:
             with clock("share"):
                 _share(block, pruned, run, solved=self.methods.solver is not None)
-        return Outcome(pruned.in_order(block, self.acts, run), pruned.keeps, pruned.solutions)
+        return Outcome(pruned.in_order(block, self.acts, run), keeps=pruned.keeps, solutions=pruned.solutions)
 
 
 @torch.no_grad()

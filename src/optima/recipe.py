@@ -9,7 +9,7 @@ import os
 import re
 import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -29,6 +29,7 @@ BYTES_PER_TUNED = 28  # of a weight that is tuned: master, gradient, two moments
 TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its Hessian is that of the sample
 
 GROUPS = {
+    "size": "what is removed",
     "mask": "which weights survive",
     "objective": "what is minimised",
     "solve": "the survivors' new values",
@@ -36,9 +37,6 @@ GROUPS = {
     "calibration": "text that the decisions are based on",
     "model": "what is pruned, and how it is read",
 }
-
-# The recipes that come with the package, by name. Each file holds what differs from the defaults.
-PRESETS = {file.stem: file for file in sorted(Path(__file__).parent.glob("recipes/*.yaml"), key=lambda file: file.stem)}
 
 
 def _one_or_many(value: Any) -> Any:
@@ -52,6 +50,9 @@ def _path_text(value: Any) -> Any:
 
 
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_one_or_many)]
+
+
+Options = TypeVar("Options", bound="RunOptions")
 
 
 def _option(group: str, default: Any, text: str, metavar: str, shown: str | None = None, **bounds: Any) -> Any:
@@ -68,6 +69,7 @@ class RunOptions(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False, allow_inf_nan=False)
+    presets: ClassVar[dict[str, Path]] = {}
 
     # fmt: off
     damping: float = _option("objective", 0.01, "ridge / mean diagonal of the Hessian", "X", ge=0, le=1)
@@ -121,6 +123,9 @@ class Recipe(RunOptions):
 
     ``selector`` may be an object (see ``optima.selectors.base.Selector``) instead of a name.
     """
+
+    # The recipes that come with the package, by name. Each file holds what differs from the defaults.
+    presets: ClassVar = {file.stem: file for file in sorted(Path(__file__).parent.glob("recipes/*.yaml"))}
 
     # fmt: off
     sparsity: float | None = _option("mask", None, "fraction of weights to prune", "X", "0.5", gt=0, lt=1)
@@ -245,6 +250,25 @@ class Recipe(RunOptions):
         return values
 
 
+class Shrink(RunOptions):
+    """What to remove from a model, and how to repair the rest: MLP neurons of every block, whole blocks, or both."""
+
+    presets: ClassVar = {file.stem: file for file in sorted(Path(__file__).parent.glob("recipes/shrink/*.yaml"))}
+    objective: ClassVar = "loss"
+
+    # fmt: off
+    neurons: float | None = _option("size", None, "fraction of the MLP neurons of every block", "X", "none", gt=0, lt=1)
+    blocks: int | None = _option("size", None, "whole blocks", "N", "none", ge=1)
+    multiple: int = _option("size", 64, "the number of neurons that stay is a multiple of this", "N", ge=1)
+    # fmt: on
+
+    @model_validator(mode="after")
+    def _removes(self) -> Shrink:
+        if self.neurons is None and self.blocks is None:
+            raise ValueError("nothing to remove: give neurons (--neurons 0.25), blocks (--blocks 2), or both")
+        return self
+
+
 def _message(error: Any) -> str:
     """One of pydantic's errors, with the name of the field and its value."""
     name = ".".join(map(str, error["loc"]))
@@ -254,32 +278,37 @@ def _message(error: Any) -> str:
     return f"{name}: {error['msg']}, got {reprlib.repr(error['input'])}"
 
 
-def recipe_text(name: str | Path) -> str:
+def recipe_text(name: str | Path, kind: type[RunOptions] = Recipe) -> str:
     """The text of a preset, or else of a file.
 
     Raises:
         RecipeError: if the file cannot be read.
     """
     try:
-        return PRESETS.get(str(name), Path(name)).read_text(encoding="utf-8")
+        return kind.presets.get(str(name), Path(name)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(PRESETS)
+        known = ", ".join(kind.presets)
         raise RecipeError(f"recipe {name} cannot be read ({error}): name a file, or one of {known}") from error
 
 
-def load_recipe(name: str | Path, **changes: Any) -> Recipe:
-    """Read a recipe from a preset, by its name, or from a YAML file; ``changes`` override what it says.
+def load_options(kind: type[Options], name: str | Path, **changes: Any) -> Options:
+    """Read options from a preset, by its name, or from a YAML file; ``changes`` override what it says.
 
     Raises:
         RecipeError: if the file cannot be read, is not YAML, or holds unknown keys or impossible values.
     """
-    text = recipe_text(name)
+    text = recipe_text(name, kind)
     try:
         values = yaml.safe_load(text)
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise RecipeError("it must hold keys and values, such as 'sparsity: 0.5'")
         if changes.keys() & {"sparsity", "pattern"}:  # two ways to say how sparse: the later one counts
             values = {key: value for key, value in values.items() if key not in ("sparsity", "pattern")}
-        return Recipe(**values | changes)
+        return kind(**values | changes)
     except (yaml.YAMLError, ValueError) as error:  # as a RecipeError is
         raise RecipeError(f"recipe {name}: {error}") from error
+
+
+def load_recipe(name: str | Path, **changes: Any) -> Recipe:
+    """A recipe, see ``load_options``."""
+    return load_options(Recipe, name, **changes)

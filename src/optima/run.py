@@ -76,8 +76,13 @@ class OpenRun(Generic[Planned]):
     started: float
     report: Report | None = None
 
-    def publish(self, applied: RunOptions) -> Report:
-        """Make the report, and write the rest of the output; ``applied``: the options as they were applied."""
+    def publish(self, applied: RunOptions, smaller: bool = False) -> Report:
+        """Make the report, and write the rest of the output.
+
+        Args:
+            applied: the options as they were applied.
+            smaller: the configuration has changed, see ``Writer.publish``.
+        """
         run, ranks, plan = self.state, self.state.ranks, self.plan
         run.note(*(note for notes in ranks.gather(run.store.notes) for note in notes))
         peak = max(*ranks.gather(0 if run.memory is None else run.memory.peak()), run.resumed_peak)
@@ -85,7 +90,7 @@ class OpenRun(Generic[Planned]):
         report = ranks.on_rank0(lambda: _report(self, applied, peak, seconds))
         if run.writer is not None:
             base = None if plan.source is None else plan.source.repo
-            run.writer.publish(lambda directory: _write_reports(applied, report, directory, base))
+            run.writer.publish(lambda directory: _write_reports(applied, report, directory, base), smaller)
         self.report = report
         return report
 
@@ -295,6 +300,7 @@ def _start(plan: Plan) -> RunStart:
         recipe=plan.options.to_dict(),
         blocks=sum(bool(block.linears) for block in plan.blocks),
         linears=len(plan.linears),
+        task=plan.task,
         samples=plan.options.samples(),
         length=plan.options.max_seq_length,
     )
@@ -323,7 +329,7 @@ def _report(opened: OpenRun[Any], applied: RunOptions, peak: int, seconds: float
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=tuple(run.notes),
     )
-    return Report(record, tuple(run.linears), tuple(run.blocks))
+    return Report(record, tuple(run.linears), tuple(run.blocks), tuple(run.units), plan.sizes)
 
 
 def _write_reports(options: RunOptions, report: Report, directory: Path, base_model: str | None) -> None:

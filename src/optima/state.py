@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,12 @@ from optima.calibration.batch_size import BatchSize
 from optima.calibration.store import Store
 from optima.device import PeakMemory, Stopwatch
 from optima.distributed import ALONE, Ranks
-from optima.errors import ModelError
 from optima.models.blocks import Block
-from optima.models.offload import Read, Streamed, Weights
+from optima.models.offload import Read, Streamed, Weights, replace_tensors
 from optima.models.save import Writer
 from optima.recipe import RunOptions
 from optima.reporting.callbacks import Callbacks
-from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
+from optima.reporting.record import BlockDone, BlockRecord, LinearRecord, UnitRecord
 
 
 @dataclass
@@ -37,7 +37,7 @@ class RunState:
         store: keeps activations.
         writer: commits blocks to disk, and has those of an earlier run; None for a model that stays in memory.
         memory: of this process, from the start of the run.
-        linears, blocks: the records so far.
+        linears, units, blocks: the records so far.
         notes: what was not done, or deviated from the recipe.
         resumed_seconds: what an earlier run spent on the blocks that it committed.
         resumed_peak: the most memory that it took, in bytes.
@@ -55,6 +55,7 @@ class RunState:
     writer: Writer | None = None
     memory: PeakMemory | None = None
     linears: list[LinearRecord] = field(default_factory=list)
+    units: list[UnitRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     resumed_seconds: float = 0.0
@@ -73,15 +74,34 @@ class RunState:
         done = self.ranks.on_rank0(lambda: {} if self.writer is None else self.writer.done)
         return {name: BlockDone.from_dict(values) for name, values in done.items()}
 
+    def decided(self, name: str, decide: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
+        """What ``decide`` returns on all ranks, or what an earlier run decided, if it committed blocks after that."""
+        known = self.ranks.on_rank0(lambda: None if self.writer is None else self.writer.journal.decided(name))
+        found = decide() if known is None else known
+        if known is None and self.writer is not None:
+            self.writer.journal.append({"decided": name, "value": found})
+        return found
+
+    def drop(self, names: Mapping[str, str]) -> None:
+        """Write only the blocks in ``names``, under the new names that these have there."""
+        if self.writer is not None:
+            self.writer.rename(names)
+
     def commit(
-        self, block: Block, record: BlockRecord, linears: Sequence[LinearRecord], changed: Collection[str], noted: int
+        self,
+        block: Block,
+        record: BlockRecord,
+        linears: Sequence[LinearRecord],
+        units: Sequence[UnitRecord],
+        changed: Collection[str],
+        noted: int,
     ) -> None:
         """Append the records of a pruned block, and write it to disk with them.
 
         Args:
             block: on the device.
-            record, linears: its record, and those of its linears.
-            changed: full names of the tensors that pruning changed.
+            record, linears, units: its record, and those of its linears and of the structures that it lost.
+            changed: full names of the tensors that the run changed.
             noted: how many notes there were before this block.
         """
         peak = 0 if self.memory is None else self.memory.peak()
@@ -89,10 +109,11 @@ class RunState:
         self.note(self.batch_size.agree(most))
         self.blocks.append(record)
         self.linears.extend(linears)
+        self.units.extend(units)
         if self.writer is None:
             return
         written = self.clock.seconds.get("write", 0.0)
-        done = BlockDone(record, tuple(linears), tuple(self.notes[noted:]), most, max(peaks), written)
+        done = BlockDone(record, tuple(linears), tuple(units), tuple(self.notes[noted:]), most, max(peaks), written)
         with self.clock("write"):
             tensors = block.module.state_dict(prefix=f"{block.name}.")
             self.writer.commit(block.name, tensors, done.to_dict(), changed)
@@ -101,10 +122,10 @@ class RunState:
         """Load the weights of a block that an earlier run committed, and append its records."""
         with self.clock("read"):
             tensors = {name.removeprefix(f"{block.name}."): each for name, each in self._written(block).items()}
-            if unknown := block.module.load_state_dict(tensors, strict=False).unexpected_keys:
-                raise ModelError(f"{block.name} has no {unknown[0]}: use --no-resume")
+            replace_tensors(block.module, tensors)
         self.blocks.append(done.block)
         self.linears.extend(done.linears)
+        self.units.extend(done.units)
         self.note(*done.notes)
         self.batch_size.agree(done.batch_sizes)
         before = self.clock.seconds.get("write", 0.0)

@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, pairwise, zip_longest
 
@@ -36,6 +36,7 @@ from optima.distributed import Ranks
 from optima.errors import ModelError
 from optima.models.blocks import Block, Linear, routing_module
 from optima.models.forward import differentiable, hidden_of, rows_of
+from optima.models.offload import Weights
 from optima.recipe import RunOptions
 
 HELD_OUT = 8  # one sequence of so many is held out
@@ -147,6 +148,8 @@ class Tuner:
         dense: dense inputs of these batches.
         fisher: gives the metric at each block's outputs, and the weights of tokens.
         head: the LM head, by whose logits the last block is tuned; None: it is tuned as the others.
+        skipped, weights: see ``skip``.
+        at: the dense block that gives the targets.
     """
 
     tuning: Tuning
@@ -154,11 +157,24 @@ class Tuner:
     dense: Activations
     fisher: FisherWeights
     head: LmHead | None
+    skipped: list[Block] = field(default_factory=list)
+    weights: Weights = field(default_factory=Weights)
+    at: str = ""
+
+    def skip(self, blocks: Sequence[Block], weights: Weights) -> None:
+        """The smaller model lacks ``blocks``: the block before them is tuned to the output of the last of them."""
+        self.skipped, self.weights = list(blocks), weights
 
     def forward(self, block: Block, clock: Stopwatch) -> None:
         """Advance the dense inputs to the outputs of the dense ``block``, which are the targets."""
         with clock("forward"):
             self.dense.forward(block)
+        self.at, last = block.name, block.index
+        for each in self.skipped:
+            if each.index == last + 1:
+                with self.weights.on(each, self.dense.device, clock), clock("forward"):
+                    self.dense.forward(each)
+                self.at, last = each.name, each.index
 
     def tune(
         self,
@@ -169,7 +185,7 @@ class Tuner:
         clock: Stopwatch,
     ) -> Tuned:
         """Tune a block with the inputs ``acts``; a block that is out of memory stays as it is. See ``tune``."""
-        head = self.head if self.head is not None and block is self.head.stack.blocks[-1] else None
+        head = self.head if self.head is not None and block.name == self.head.stack.blocks[-1].name else None
         tuning, part, targets = self.tuning, acts.part(self.batches), self.dense.hidden
         cost: BlockError | LogitsError
         try:
@@ -180,9 +196,9 @@ class Tuner:
                         tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
                         cost = stack.enter_context(head.error(part))
                     else:
-                        tokens = self.fisher.tokens.get(block.name)
+                        tokens = self.fisher.tokens.get(self.at)
                         weights = None if tokens is None else [tokens[batch] for batch in self.batches]
-                        cost = BlockError.by_loss(self.fisher.residual[block.name].to(acts.device), weights)
+                        cost = BlockError.by_loss(self.fisher.residual[self.at].to(acts.device), weights)
                 tuned = tune(block, keeps, part, targets, cost, tuning, solutions)
         except torch.OutOfMemoryError:  # nothing of the block has changed yet
             return Tuned((), 0, OUT_OF_MEMORY)

@@ -138,7 +138,7 @@ def test_code_of_others_runs_only_if_trusted(cheap: Refused) -> None:
         ("--targets a:smile:b", "no linear matches targets ['a:smile:b']"),
         ("--targets q_proj kproj", "targets has 'kproj', which matches no linear"),
         ("--recipe missing.yaml", "recipe missing.yaml cannot be read"),
-        ("--recipe run.yaml", "recipe run.yaml: unknown key 'sparsty': known keys are sparsity"),
+        ("--recipe run.yaml", "recipe run.yaml: unknown key 'sparsty'"),
         ("--seed 1.5", "seed: Input should be a valid integer"),
         ("--seed", "argument --seed: expected one argument\nsee optima prune --help"),
         ("--sparsty 1", "unknown argument --sparsty 1\nsee optima prune --help"),

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import optima
 from optima import Recipe, load_recipe, load_report
 from optima.cli import main
-from optima.recipe import GROUPS
+from optima.recipe import GROUPS, RunOptions, Shrink
 
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "3"]
 WANDA = ["--selector", "wanda", "--objective", "sink"]  # every row loses the same number
@@ -224,20 +224,20 @@ class TestHelp:
         assert stopped.value.code == 0
         return capsys.readouterr().out
 
-    @pytest.mark.parametrize("command", ["prune", "plan"])
-    def test_every_field_of_the_recipe_is_an_option(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+    @pytest.mark.parametrize(("command", "kind"), [("prune", Recipe), ("shrink", Shrink), ("plan", Recipe)])
+    def test_every_field_of_the_options_is_an_option(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, kind: type[RunOptions]
     ) -> None:
         monkeypatch.setenv("COLUMNS", "80")
         text = self.help(capsys, command)
         assert all(len(line) <= 80 for line in text.splitlines())
         assert len(text.splitlines()) <= 70
         assert not re.search(r"--\w+_", text), "one spelling, with hyphens"
-        for name, field in Recipe.model_fields.items():
+        for name, field in kind.model_fields.items():
             assert any(line for line in text.splitlines() if re.match(rf"  --{name.replace('_', '-')} ", line))
             assert str(field.description) in " ".join(text.split())
-        for group, about in GROUPS.items():
-            assert f"\n{group} ({about}):\n" in text
+            group = field.json_schema_extra["group"]  # type: ignore[index, call-overload]
+            assert f"\n{group} ({GROUPS[group]}):\n" in text  # type: ignore[index]
 
     @pytest.mark.parametrize(
         "code",

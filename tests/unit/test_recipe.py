@@ -15,7 +15,7 @@ from optima.core import SOLVERS
 from optima.errors import RecipeError
 from optima.patterns import PatternTable, Unstructured
 from optima.plan import default_scope, make_methods
-from optima.recipe import PRESETS, SELECTOR_NAMES
+from optima.recipe import SELECTOR_NAMES
 from optima.selectors.base import SELECTORS
 from optima.selectors.scores import Wanda
 
@@ -189,8 +189,8 @@ class TestMaking:
 
 class TestPresets:
     def test_all_are_valid_and_hold_what_differs(self) -> None:
-        assert {"fast", "balanced", "best"} < PRESETS.keys()
-        for name in PRESETS:
+        assert {"fast", "balanced", "best"} < Recipe.presets.keys()
+        for name in Recipe.presets:
             load_recipe(name)
         assert load_recipe("balanced") == Recipe(sparsity=0.5)
 
@@ -198,6 +198,6 @@ class TestPresets:
 class TestCommand:
     def test_lists_and_shows_presets(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["recipe"]) == 0
-        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(PRESETS)
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(Recipe.presets)
         assert main(["recipe", "best"]) == 0
         assert yaml.safe_load(capsys.readouterr().out)["tuning_epochs"] == 4

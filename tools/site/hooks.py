@@ -20,7 +20,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from optima.cli import COMMANDS, main
-from optima.recipe import PRESETS
+from optima.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 # Pages of the repository that are not in docs/, and where the site has them.
@@ -104,5 +104,5 @@ def help_of(command: str) -> str:
 def recipes() -> str:
     """The recipes that come with the package."""
     parts = ["# Shipped recipes\n\nThe recipes that come with OPTIMA, used by name: `--recipe NAME`.\n"]
-    parts += [f"## {name}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n" for name, file in PRESETS.items()]
+    parts += [f"## {name}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n" for name, file in Recipe.presets.items()]
     return "\n".join(parts)

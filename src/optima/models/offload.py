@@ -415,3 +415,22 @@ def outside_device(model: PreTrainedModel, device: torch.device) -> torch.device
         return MAIN
     outside = count_outside(model, blocks) * model.dtype.itemsize
     return device if 2 * outside <= card_memory(device) else MAIN
+
+
+@torch.no_grad()
+def replace_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give tensors of a module these values; one of another shape is replaced, and the sizes of its linear follow."""
+    for name, tensor in tensors.items():
+        path, _, last = name.rpartition(".")
+        owner = module.get_submodule(path)
+        old: Tensor = getattr(owner, last)
+        if old.shape == tensor.shape:
+            old.copy_(tensor)
+            continue
+        new = tensor.to(old.device, old.dtype, copy=True)
+        setattr(owner, last, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        if last == "weight":
+            sizes = new.shape
+            names = ("out_features", "in_features") if isinstance(owner, nn.Linear) else ("nx", "nf")
+            for attribute, size in zip(names, sizes, strict=True):
+                setattr(owner, attribute, size)

@@ -7,6 +7,7 @@ splits fused experts, and saves tied weights once).
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -96,16 +97,25 @@ class Writer:
     ) -> None:
         self.model, self.directory, self.journal = model, directory, journal
         self.weights = weights or Weights(model)
-        self._scratch = journal.file.parent
-        self._names = _groups(model, blocks)
-        self._files = {
-            group: f"model-{number:05d}-of-{len(self._names):05d}.safetensors"
-            for number, group in enumerate(self._names, 1)
-        }
+        self._scratch, self._all = journal.file.parent, tuple(blocks)
+        self.rename({block: block for block in blocks})
         self._lines: dict[str, dict[str, Any]] = {}
         if journal.resumed:
             with explain_write_errors(journal.file):
                 self._resume()
+
+    def rename(self, blocks: Mapping[str, str]) -> None:
+        """Write only these blocks, in this order, each under the name that it has here."""
+        self._blocks = dict(blocks)
+        self._names = _groups(self.model, [*blocks], self._all)
+        count = len(self._names)
+        self._files = {
+            group: f"model-{number:05d}-of-{count:05d}.safetensors" for number, group in enumerate(self._names, 1)
+        }
+
+    def _renamed(self, block: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a block under their names in the output."""
+        return {self._blocks[block] + name.removeprefix(block): tensor for name, tensor in tensors.items()}
 
     @property
     def done(self) -> dict[str, Any]:
@@ -152,9 +162,10 @@ class Writer:
             ModelError: if the disk fails.
         """
         with explain_write_errors(self.directory):
-            shard = self._write(self._files[block], tensors)
+            shard = self._write(self._files[block], self._renamed(block, tensors))
             wanted = {name: tensors[name] for name in (tensors if changed is None else changed)}
-            plain = _written_plainly(shard, wanted)
+            there = _written_plainly(shard, self._renamed(block, wanted))
+            plain = [block + name.removeprefix(self._blocks[block]) for name in there]
             # What transformers renames, splits, fuses or transposes is kept as it is in the model, too. Clones:
             # safetensors refuses tensors that share memory.
             rest = {
@@ -178,14 +189,15 @@ class Writer:
         line = self._lines[block]
         shard, *rest = (self._place(name) for name in line["files"])
         with safe_open(shard, framework="pt") as opened:
-            found = {name: opened.get_tensor(name) for name in line["plain"]}
+            found = {name: opened.get_tensor(self._blocks[block] + name.removeprefix(block)) for name in line["plain"]}
         return found | (load_file(rest[0]) if rest else {})
 
-    def publish(self, write_reports: Callable[[Path], object] | None = None) -> None:
+    def publish(self, write_reports: Callable[[Path], object] | None = None, smaller: bool = False) -> None:
         """Write the blocks that were not committed and everything outside blocks, the reports, and last the index.
 
         Args:
             write_reports: is called with the directory, to write other files.
+            smaller: the configuration has changed since ``prepare``, and is written anew.
 
         Raises:
             ModelError: if the disk fails.
@@ -196,6 +208,9 @@ class Writer:
                 if group not in self._lines and self._names[group]:
                     with self.weights.state(self._names[group]) as tensors:
                         self._write(file, tensors)
+            if smaller:
+                self.model.config.save_pretrained(self.directory)
+                forget_missing_code(self.directory)
             if write_reports is not None:
                 write_reports(self.directory)
             self._write_index()
@@ -214,23 +229,26 @@ class Writer:
 
     def _write_index(self) -> None:
         weight_map: dict[str, str] = {}
-        size = 0
+        size = parameters = 0
         for file in (file for group, file in self._files.items() if self._names[group]):
             header, _ = read_header(self.directory / file)
             header.pop("__metadata__", None)
             weight_map |= dict.fromkeys(header, file)
+            parameters += sum(math.prod(entry["shape"]) for entry in header.values())
             size += max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        metadata = {"total_parameters": self.model.num_parameters(), "total_size": size}
+        metadata = {"total_parameters": parameters, "total_size": size}
         text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
         (self.directory / INDEX).write_text(text, encoding="utf-8")
 
 
-def _groups(model: PreTrainedModel, blocks: Sequence[str]) -> dict[str, list[str]]:
-    """The tensors of each file: of a block; of what is outside, in one file but for those that are large."""
+def _groups(model: PreTrainedModel, blocks: Sequence[str], every: Sequence[str]) -> dict[str, list[str]]:
+    """The tensors of each file: of a block; of what is in none of ``every`` block, in one file but for large ones."""
     groups: dict[str, list[str]] = {block: [] for block in [*blocks, OUTSIDE]}
     large: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        owner = next((block for block in blocks if name.startswith(f"{block}.")), OUTSIDE)
+        owner = next((block for block in every if name.startswith(f"{block}.")), OUTSIDE)
+        if owner != OUTSIDE and owner not in groups:  # a block that is not written
+            continue
         if owner == OUTSIDE and tensor.nbytes > LARGE_BYTES:
             owner = large.setdefault(id(tensor), name)  # tied weights go together
         groups.setdefault(owner, []).append(name)

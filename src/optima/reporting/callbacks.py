@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from optima.console import OwnConsole, pace, printable, say
-from optima.reporting.record import BlockRecord, LinearRecord, Report, geometric_mean
+from optima.reporting.record import BlockRecord, LinearRecord, Report, UnitRecord, geometric_mean
 
 PROGRESS_SECONDS = 30.0  # at least, between two lines within a stage, outside a terminal
 STAGES = {
@@ -23,6 +23,8 @@ STAGES = {
     "gradients": "gradient pass",
     "sensitivity": "sensitivity pass",
     "permute": "permuting channels",
+    "blocks": "measuring blocks",
+    "shrink": "shrinking",
     "prune": "pruning",
 }
 
@@ -38,6 +40,7 @@ class RunStart:
     linears: int  # to prune
     samples: int  # calibration sequences
     length: int  # tokens in each of them
+    task: str = ""  # what is done to how many linears or blocks
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class BlockEvent:
     resumed: bool = False  # an earlier run did this block
     record: BlockRecord | None = None  # of a pruned block
     linears: tuple[LinearRecord, ...] = ()  # of a pruned block
+    units: tuple[UnitRecord, ...] = ()  # of a block that lost structures
 
 
 class Callback:
@@ -121,7 +125,12 @@ class Callbacks:
         self._call("on_progress", fraction, elapsed, elapsed / fraction * (1.0 - fraction))
 
     def block(
-        self, name: str, record: BlockRecord | None = None, linears: Sequence[LinearRecord] = (), resumed: bool = False
+        self,
+        name: str,
+        record: BlockRecord | None = None,
+        linears: Sequence[LinearRecord] = (),
+        units: Sequence[UnitRecord] = (),
+        resumed: bool = False,
     ) -> None:
         """The next block is done; ``resumed``: by an earlier run."""
         now, left = self._clock(), math.nan
@@ -132,7 +141,7 @@ class Callbacks:
             self._own += 1
             left = (now - self._own_began) / self._own * (self._total - self._done)
         place = self._stage, name, self._done, self._total, now - self._began, left
-        self._call("on_block", BlockEvent(*place, resumed, record, tuple(linears)))
+        self._call("on_block", BlockEvent(*place, resumed, record, tuple(linears), tuple(units)))
 
     def notes(self, notes: Sequence[str]) -> None:
         """All notes so far; callbacks get the new ones."""
@@ -167,8 +176,7 @@ class Progress(Callback):
         say(self._console, f"reading {'' if model is None else f'{model} and '}the calibration text")
 
     def on_start(self, start: RunStart) -> None:
-        what = f"{start.linears} linears in {start.blocks} blocks on {start.device}"
-        say(self._console, f"pruning {what}, calibrating on {start.samples} x {start.length} tokens")
+        say(self._console, f"{start.task} on {start.device}, calibrating on {start.samples} x {start.length} tokens")
 
     def on_stage(self, stage: str, blocks: int, done: int) -> None:
         self.close(None)
@@ -199,7 +207,8 @@ class Progress(Callback):
             say(self._console, self._line)
 
     def on_block(self, block: BlockEvent) -> None:
-        self._errors.extend(linear.error for linear in block.linears)
+        errors = [*(each.error for each in block.linears), *(each.error for each in block.units)]
+        self._errors.extend(each for each in errors if each is not None)
         error = f"  mean error {geometric_mean(self._errors):.4f}" if self._errors else ""
         done = f"{self._stage}: block {block.done}/{block.total}"
         self._line = f"{done}{error}  {pace(block.elapsed, block.left)}"

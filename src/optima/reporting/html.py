@@ -17,12 +17,22 @@ from markupsafe import Markup, escape
 from pydantic_core import to_json, to_jsonable_python
 
 from optima.reporting.record import Report
-from optima.reporting.summary import NO_NOTES, by_kind, num_tuned, run_facts, stage_times, summary, tuning_rows
+from optima.reporting.summary import (
+    NO_NOTES,
+    by_kind,
+    num_tuned,
+    run_facts,
+    stage_times,
+    summary,
+    tuning_rows,
+    unit_rows,
+)
 
 PAGE = Path(__file__).parent / "page"
 # A macro of sections.html and its title, in the page's order; a section without a body is left out.
 SECTIONS = {
     "outcome": "Summary",
+    "units": "What each block lost",
     "map": "Error by block",
     "spread": "Certificates and iterations",
     "tuning": "Block tuning",
@@ -66,6 +76,7 @@ def _view(report: Report) -> dict[str, Any]:
         "certified": report.gap_max is not None,
         "tuned": num_tuned(report.linears) > 0,
         "summary": summary(report),
+        "units": unit_rows(report),
         "tuning": tuning_rows(report),
         "stages": stage_times(report),
         "notes": report.run.notes or [NO_NOTES],

@@ -26,6 +26,7 @@ from optima.reporting.summary import (
     stage_times,
     summary,
     tuning_rows,
+    unit_rows,
 )
 
 NUM_WORST = 10
@@ -85,8 +86,11 @@ def render_markdown(report: Report, evaluation: str = "") -> str:
         f"# Pruning report: {code(report.run.model)}": bullets(summary(report)),
         "": table(["run", " "], run_facts(report), num_left=2),
         "## Evaluation": evaluation,
+        "## What each block lost": table(["block", "stays", "energy removed", "error"], unit_rows(report), num_left=2),
         "## By kind of linear layer": f"{_linears_table('kind', kinds)}\n\n{READING}" if linears else "",
-        "## Largest errors": _linears_table("linear", {code(one.name): [one] for one in worst[:NUM_WORST]}),
+        "## Largest errors": _linears_table("linear", {code(one.name): [one] for one in worst[:NUM_WORST]})
+        if linears
+        else "",
         "## Notes": bullets(report.run.notes or [NO_NOTES]),
         "## Time": table(["stage", "time", "share"], stage_times(report)),
         "## Block tuning": table(["block", "held-out loss", "change"], tuning_rows(report)),

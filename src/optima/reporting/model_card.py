@@ -25,10 +25,23 @@ from optima.reporting.summary import bullets, code, names_of, summary
 
 CARD_NAME = "README.md"
 PAGE = Path(__file__).parent / "page"
-TAGS = ("pruning", "sparse", "optima")
+TAGS = ("pruning", "optima")
 # Settings that the card names: the method, not where and on what it ran.
 SHOWN = (
-    *("sparsity", "pattern", "selector", "mask_from", "objective", "allocation", "scope", "solver", "gap", "damping"),
+    *(
+        "neurons",
+        "blocks",
+        "sparsity",
+        "pattern",
+        "selector",
+        "mask_from",
+        "objective",
+        "allocation",
+        "scope",
+        "solver",
+        "gap",
+        "damping",
+    ),
     *("tuning_epochs", "learning_rate", "self_generated", "num_calibration_samples", "max_seq_length", "seed"),
 )
 
@@ -45,7 +58,12 @@ def write_card(directory: Path, report: Report, base_model: str | None) -> None:
     head = (metadata_load(file) or {}) if file.is_file() else {}
     tags = head.pop("tags", None) or []
     patterns = sorted({linear.pattern for linear in report.linears if parse_nm(linear.pattern)})
-    head["tags"] = [*([tags] if isinstance(tags, str) else tags), *TAGS, *patterns]
+    head["tags"] = [
+        *([tags] if isinstance(tags, str) else tags),
+        *TAGS,
+        *([] if report.sizes else ["sparse"]),
+        *patterns,
+    ]
     head.setdefault("library_name", "transformers")
     if base_model is not None:
         head["base_model"] = base_model

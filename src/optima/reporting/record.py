@@ -22,7 +22,7 @@ from pydantic_core import from_json, to_json
 from optima import __version__
 from optima.errors import OptimaError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 REPORT_NAME = "report.json"
 Int = Annotated[int, Strict()]
 
@@ -80,6 +80,30 @@ class LinearRecord(Record):
 
 
 @dataclass(frozen=True)
+class UnitRecord(Record):
+    """The structures of one kind that ``optima shrink`` removed in one place."""
+
+    block: Int  # index of the block in the dense model
+    name: str  # full name of the module
+    unit: str  # neurons, or block
+    kept: Int  # how many stay
+    of: Int  # how many there were
+    error: float | None = None  # of the reader before tuning, as of a linear; of a block: KL divergence without it
+    gap: float | None = None  # largest certified gap of a row of the reader, before cast and tuning
+    energy: float | None = None  # share of the Fisher-weighted energy of the neurons that went
+    seconds: float = 0.0  # time of choice and solve
+
+
+@dataclass(frozen=True)
+class Size(Record):
+    """The size of a model."""
+
+    parameters: Int  # tied ones once
+    bytes: Int  # of the checkpoint
+    flops: Int  # of a forward pass, per token, in linear layers and the LM head; without attention scores
+
+
+@dataclass(frozen=True)
 class BlockRecord(Record):
     """Seconds and tuning of one block."""
 
@@ -97,6 +121,7 @@ class BlockDone(Record):
 
     block: BlockRecord
     linears: tuple[LinearRecord, ...]
+    units: tuple[UnitRecord, ...]
     notes: tuple[str, ...]
     batch_sizes: tuple[int | None, ...] = ()  # sequences that ran together at most, by process; None: no limit
     peak_bytes: Int = 0  # memory, in any process, from the start of the run that did it
@@ -144,6 +169,8 @@ class Report(Record):
     run: RunRecord
     linears: tuple[LinearRecord, ...]
     blocks: tuple[BlockRecord, ...] = ()
+    units: tuple[UnitRecord, ...] = ()
+    sizes: tuple[Size, ...] = ()  # of the dense and of the smaller model, if structures were removed
     schema_version: Int = SCHEMA_VERSION
 
     @property

@@ -30,6 +30,8 @@ def render_summary(report: Report) -> str:
 def summary(report: Report) -> list[str]:
     """What was pruned, the errors, the certificate, tuning, runtimes and warnings: one line of Markdown each."""
     linears = report.linears
+    if report.sizes:
+        return _shrunk(report)
     if not linears:
         return ["**Nothing was pruned.**"]
     solvers = sorted({name for linear in linears if linear.solved for name in linear.solver.split("+")})
@@ -43,6 +45,41 @@ def summary(report: Report) -> list[str]:
     headline = f"**{share}** ({pattern}) with **{method}**."
     lines = [headline, _errors(linears), *_certificate(report), *_tuning(report), runtime_note(patterns)]
     return [*lines, *_warnings(report)]
+
+
+def _shrunk(report: Report) -> list[str]:
+    """What ``optima shrink`` removed and what was lost."""
+    dense, small = report.sizes
+    share = small.parameters / dense.parameters
+    lines = [
+        f"**{share:.1%} of the parameters**: {small.parameters:,} instead of {dense.parameters:,}, "
+        f"{num_bytes(small.bytes)} instead of {num_bytes(dense.bytes)}; "
+        f"{small.flops / dense.flops:.1%} of the FLOPs of a token."
+    ]
+    neurons = [unit for unit in report.units if unit.unit == "neurons"]
+    blocks = [unit for unit in report.units if unit.unit == "block"]
+    if blocks:
+        lost = f" ({blocks[-1].error:.3g} before tuning: KL to the dense model in nats per token, or relative change)"
+        lines.append(f"Removed blocks: {names_of([unit.name for unit in blocks])}{lost}.")
+    if neurons:
+        found, worst = geometric_mean(unit.error or 0.0 for unit in neurons), largest(unit.gap for unit in neurons)
+        lines.append(
+            f"**{neurons[0].kept:,} of {neurons[0].of:,} neurons** stay in each of {len(neurons)} blocks. "
+            f"Before tuning, the mean relative error of the linears that read them is {error(found)}, and their rows "
+            f"are certified to a relative gap of {gap(worst)}."
+        )
+    runtime = "Loads in transformers as the dense model does; **smaller and faster in every runtime**."
+    return [*lines, *_tuning(report), runtime]
+
+
+def unit_rows(report: Report) -> list[tuple[str, str, str, str]]:
+    """What each block lost: its name, how much stays, the share of Fisher-weighted energy that went, the error."""
+    rows = []
+    for unit in sorted(report.units, key=lambda unit: unit.block):
+        stays = f"{unit.kept:,} of {unit.of:,} neurons" if unit.unit == "neurons" else "removed"
+        energy = "100%" if unit.energy is None else f"{unit.energy:.1%}"
+        rows.append((unit.name, stays, energy, "" if unit.error is None else error(unit.error)))
+    return rows
 
 
 def runtime_note(patterns: Iterable[str]) -> str:
@@ -145,9 +182,12 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
     text = [f"{run.num_tokens:,} tokens", f"seed {run.seed}", f"hash {run.data_hash[:16]}"]
     text += [f"revision {run.dataset_revision}"] if run.dataset_revision else []
     device = run.device if run.processes == 1 else f"{run.processes} processes, the first on {run.device}"
-    rows = [
+    sparse = [
         ("weights pruned", f"{round(report.sparsity * total):,} of {total:,} in the linear layers to prune"),
         ("sparsity", f"{report.sparsity:.4%}, requested {_asked(report):.4%}"),
+    ]
+    rows = [
+        *([] if report.sizes else sparse),
         ("revision", run.model_revision or ""),
         ("calibration", ", ".join(text)),
         ("device, dtype", f"{device}, {run.dtype}"),
