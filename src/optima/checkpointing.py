@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -25,12 +24,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from optima.console import warn
 from optima.distributed import Ranks
 from optima.errors import ModelError
 from optima.files import ACTIVATIONS, delete, explain_write_errors, sync, usable_path, write_whole
 from optima.stopping import uninterrupted
-
-_logger = logging.getLogger("optima")
 
 FORMAT = 7  # of the journal: raised when an earlier one can no longer be resumed
 RUN, JOURNAL, MODEL = "run.json", "journal.jsonl", "model"
@@ -221,7 +219,7 @@ class Destination:
                     if not destination.directory.exists() or not Journal(partial / JOURNAL).holds_work:
                         destination._discard()
                     elif begun:
-                        _logger.warning("%s keeps the committed blocks: repeat the command with --resume", partial)
+                        warn(f"{partial} keeps the committed blocks: repeat the command with --resume")
                 raise
             destination._publish()
             destination._discard()
@@ -266,7 +264,7 @@ class Destination:
             (self.partial / RUN).unlink()
             self.partial.rmdir()
         except OSError as error:
-            _logger.warning("%s cannot be deleted (%s): delete it by hand", self.partial, error.strerror)
+            warn(f"{self.partial} cannot be deleted ({error.strerror}): delete it by hand")
 
 
 def _lock(partial: Path, path: Path) -> IO[str]:

@@ -1,11 +1,14 @@
-"""Lines of progress on a console; control characters never reach a terminal."""
+"""Lines of progress and warnings on a console; control characters never reach a terminal."""
 
 from __future__ import annotations
 
+import logging
 import re
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from optima.errors import OptimaError
 
@@ -13,7 +16,11 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class OwnConsole(Console):
-    """Lets ``BrokenPipeError`` through, where rich's own ends the process with status 1."""
+    """Removes control characters; lets ``BrokenPipeError`` through, where rich's own ends the process with status 1."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Called for every string, also of a table."""
+        return super().render_str(printable(text), **options)
 
     def on_broken_pipe(self) -> None:
         """Called where the ``BrokenPipeError`` is handled."""
@@ -25,11 +32,21 @@ def printable(text: str) -> str:
     return CONTROL.sub("", text)
 
 
+def one_line(text: str) -> str:
+    """``printable`` text, with a space for each line break and run of spaces."""
+    return " ".join(printable(text).split())
+
+
+def warn(text: str) -> None:
+    """Log a warning, on one line."""
+    logging.getLogger("optima").warning(one_line(text))
+
+
 def say(console: Console | None, text: str) -> None:
     """Print a line as it is, if there is a console. Raises ``OptimaError`` if it cannot be written."""
     try:
         if console is not None:
-            console.print(printable(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
+            console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise

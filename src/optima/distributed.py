@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import io
-import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from optima.console import warn
 from optima.device import find_device
 from optima.errors import OptimaError, RankError, RecipeError
 from optima.stopping import unstoppable
@@ -31,7 +31,6 @@ T = TypeVar("T")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by a launcher such as torchrun
 # A rank waits this long for the slowest. A process that dies is noticed at once, a machine without power only by this.
 PATIENCE = timedelta(hours=2)
-_logger = logging.getLogger("optima")
 
 
 class Ranks:
@@ -239,7 +238,7 @@ def joined() -> Iterator[Ranks]:
         except RankError as error:
             if not ranks.first:
                 raise
-            _logger.warning("the run is complete, although %s", error)  # the first process writes all there is
+            warn(f"the run is complete, although {error}")  # the first process writes all there is
     except Exception as error:  # of another kind, such as Ctrl-C, ends the process, which the others notice
         ranks.fail(error)
         raise

@@ -211,9 +211,9 @@ def test_a_shard_is_missing(late: Refused) -> None:
 
 def test_weights_without_a_place_are_noted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     bias = "model.layers.0.self_attn.q_proj.bias"
-    edit_weights(lambda tensors: tensors.update({"extra": torch.zeros(3), bias: torch.ones(32)}))
+    edit_weights(lambda tensors: tensors.update({"ext\n\x1b[31mra": torch.zeros(3), bias: torch.ones(32)}))
     assert main(prune_arguments("--ignore", "lm_head", r"layer\.1", r"layers\.1\.")) == 0
-    assert "has no place for (extra, " in caplog.text
+    assert "has no place for (ext [31mra, " in caplog.text
     notes = load_report("out").run.notes
     assert any(bias in note for note in notes)
     assert [note for note in notes if note.startswith("ignore ")] == [r"ignore 'layer\\.1' matches no linear"]

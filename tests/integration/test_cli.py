@@ -185,6 +185,10 @@ class TestPlan:
         assert f"{2 * 32 * (3 * 32 + 3 * 48):,} of " in output
         assert snapshot(root) == before
 
+    def test_a_models_name_moves_no_cursor(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", str((root / "model").rename("mo\x1b[2Jdel")), "--max-seq-length", "16"]) == 0
+        assert "mo[2Jdel: " in capsys.readouterr().out
+
     def test_shows_each_linears_own_pattern(self, capsys: pytest.CaptureFixture[str]) -> None:
         options = ["--pattern", r"1\.mlp=1:4", "mlp=3:8", "0.5"]
         assert main(["plan", "model", "--max-seq-length", "16", *options]) == 0

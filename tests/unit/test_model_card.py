@@ -62,12 +62,12 @@ class TestBody:
         assert "repeats the run on the same calibration data and with the selector's settings" in text
 
     def test_names_no_path_of_this_machine_and_no_control_characters(self, tmp_path: Path) -> None:
-        data, model = tmp_path / "secret" / "mine.jsonl", tmp_path / "secret" / "mo\x1b[31m<b>del"
+        data, model = tmp_path / "secret" / "mine.jsonl", tmp_path / "secret" / "mo\x1b[31m\n<b>del"
         model.mkdir(parents=True)
         data.touch()
         write_card(tmp_path, report(model=str(model), recipe=RUN.recipe | {"dataset": [str(data)]}), None)
         text = (tmp_path / CARD_NAME).read_text()
-        assert "# mo[31m&lt;b>del, 50% sparse" in text
+        assert "# mo[31m &lt;b>del, 50% sparse" in text
         assert "mine.jsonl" in text
         assert "secret" not in text
         assert "\x1b" not in text

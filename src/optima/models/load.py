@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,10 +27,9 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from optima.console import warn
 from optima.errors import ModelError
 from optima.files import COMPRESSED, TEMPLATES, TOKENIZERS, shards, stamps, usable_path
-
-_logger = logging.getLogger("optima")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What the client of the hub raises when it is refused, offline or cut off.
@@ -131,7 +129,7 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
         directory = Path(hf_hub_download(repo, "config.json", revision=revision)).parent
-        _logger.warning("of %s only the files in the cache are used: %s", repo, error)
+        warn(f"of {repo} only the files in the cache are used: {error}")
         return directory
 
 
@@ -312,8 +310,7 @@ def check_complete(source: Source, model: PreTrainedModel, loading: Mapping[str,
             "again, or correct architectures in config.json"
         )
     if unexpected := list(loading["unexpected_keys"]):
-        name = type(model).__name__
-        _logger.warning("%s has weights that %s has no place for (%s)", source.name, name, some(unexpected))
+        warn(f"{source.name} has weights that {type(model).__name__} has no place for ({some(unexpected)})")
 
 
 def some(names: Iterable[str]) -> str:
@@ -323,11 +320,7 @@ def some(names: Iterable[str]) -> str:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        ModelError: if it is missing or unreadable.
-    """
+    """The model's tokenizer. Raises ``ModelError`` if it is missing or unreadable."""
     arguments = source.arguments
     if source.gguf_file and (kind := load_config(source).model_type) in TOKENIZER_MAPPING_NAMES:
         arguments["tokenizer_type"] = kind  # else transformers reads the file once more

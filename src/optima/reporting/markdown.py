@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import yaml
 from pydantic_core import to_jsonable_python
 
-from optima.console import printable
+from optima.console import one_line, printable
 from optima.reporting.record import Report, largest, weighted_mean
 from optima.reporting.summary import (
     NO_NOTES,
@@ -107,7 +107,7 @@ def _linears_table(title: str, rows: Mapping[str, Linears]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
     """A Markdown table with aligned columns, the first ``num_left`` to the left; empty columns are left out."""
-    columns = [[cell.replace("|", "\\|") for cell in column] for column in zip(header, *rows, strict=True)]
+    columns = [[one_line(cell).replace("|", "\\|") for cell in column] for column in zip(header, *rows, strict=True)]
     aligned = []
     for i, (title, *cells) in enumerate(columns):
         if any(cells):

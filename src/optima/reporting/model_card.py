@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from optima.console import printable
+from optima.console import one_line
 from optima.files import TOKENIZERS
 from optima.models.load import auto_class
 from optima.patterns import parse_nm
@@ -87,7 +87,7 @@ def _body(directory: Path, report: Report) -> str:
     own = config.get("auto_map") or {}
     pages = Environment(loader=FileSystemLoader(PAGE), undefined=StrictUndefined, trim_blocks=True)
     return pages.get_template("card.md").render(
-        title=printable(name).replace("<", "&lt;"),
+        title=one_line(name).replace("<", "&lt;"),
         name=code(name),
         report=report,
         run=run,
@@ -96,7 +96,7 @@ def _body(directory: Path, report: Report) -> str:
         trust=", trust_remote_code=True" if own else "",
         has_tokenizer=any(any(directory.glob(each)) for each in TOKENIZERS),
         summary=bullets(summary(report)),
-        settings=table(["setting", "value"], [[key, printable(value)] for key, value in settings.items()], num_left=2),
+        settings=table(["setting", "value"], list(settings.items()), num_left=2),
     )
 
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from optima.console import printable
+from optima.console import one_line
 from optima.patterns import NM, kind, parse_nm
 from optima.reporting.record import LinearRecord, Report, geometric_mean, largest, weighted_mean
 
@@ -274,10 +274,10 @@ def num_bytes(count: int) -> str:
 
 def code(name: str) -> str:
     """A name as a code span of Markdown: without backticks, control characters and line breaks."""
-    return f"`{' '.join(printable(name).replace('`', '').split())}`"
+    return f"`{one_line(name.replace('`', ''))}`"
 
 
 def bullets(items: Iterable[str]) -> str:
     """A list, one line an item; ``<`` is escaped outside code spans, and control characters are removed."""
-    lines = (" ".join(printable(item).split()) for item in items)
+    lines = map(one_line, items)
     return "\n".join(f"- {re.sub('(`[^`]*`)|<', lambda found: found[1] or '&lt;', line)}" for line in lines)
