@@ -87,9 +87,18 @@ def digest(file: Path) -> str | None:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def stamps(files: Iterable[Path]) -> dict[str, list[int]]:
-    """Size and time of the last change of each file, by its name."""
-    return {file.name: [(found := file.stat()).st_size, found.st_mtime_ns] for file in sorted(files)}
+def stamps(files: Iterable[Path]) -> dict[str, list[Any]]:
+    """Of each file, by its name: size, time of the last change, and a hash of its first MiB and of some blocks."""
+    found: dict[str, list[Any]] = {}
+    for file in sorted(files):
+        stat = file.stat()
+        with file.open("rb") as opened:
+            hashed = hashlib.sha256(opened.read(2**20))  # with the header
+            for i in range(1, 17):
+                opened.seek(max(0, stat.st_size - 2**16) * i // 16)
+                hashed.update(opened.read(2**16))
+        found[file.name] = [stat.st_size, stat.st_mtime_ns, hashed.hexdigest()]
+    return found
 
 
 def delete(paths: Iterable[Path]) -> None:

@@ -264,9 +264,12 @@ class TestOtherRuns:
 
 
 def edit_weights() -> None:
-    weights = load_file("model/model.safetensors")
+    """The file keeps its size and time."""
+    file = Path("model/model.safetensors")
+    weights, times = load_file(file), file.stat()
     weights["lm_head.weight"][0, 0] += 1
-    save_file(weights, "model/model.safetensors", {"format": "pt"})
+    save_file(weights, file, {"format": "pt"})
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def edit_config() -> None:

@@ -202,7 +202,7 @@ def _gguf_config(source: Source, changed: int) -> PretrainedConfig:
 
 
 def weights_of(source: Source) -> dict[str, Any]:
-    """What identifies the weights of a source: the commit of a hub model, or sizes and times of its files."""
+    """What identifies the weights of a source: the commit of a hub model, or ``stamps`` of its files."""
     if source.repo:
         return {"commit": source.commit}
     with explain_read_errors(source, "weights"):
