@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from optima.errors import ModelError
 
@@ -21,6 +21,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ACTIVATIONS = ".activations-"  # how files begin in which activations wait
 PLAIN, INDEX_ENDING = ".safetensors", ".index.json"  # how files of weights end, and behind that those which name them
 COMPRESSED = ".compressed.safetensors"  # how the files end that optima compress writes
+BITMASK = ".bitmask"  # how the name of a tensor ends that it compressed
 TOKENIZERS = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*_vocab.json", "*.spm", "bpe.codes", "*.model", "*.tiktoken", "tekken.json", "normalizer.json"),
@@ -30,11 +31,7 @@ TEMPLATES = "additional_chat_templates"  # of a tokenizer, in a directory of the
 
 
 def usable_path(path: str | Path, what: str, remedy: str) -> Path:
-    """``path`` with its home directory expanded; it need not exist.
-
-    Raises:
-        ModelError: if no path can be so called, or it may not be looked at. It names ``what`` and the ``remedy``.
-    """
+    """``path``, which need not exist, without ``~``. Raises ``ModelError`` if it is no path or cannot be looked at."""
     try:
         expanded = Path(path).expanduser()
         expanded.resolve().exists()
@@ -110,31 +107,35 @@ def delete(paths: Iterable[Path]) -> None:
             path.unlink()
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and the bytes before its first tensor."""
+def read_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file."""
     with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header: dict[str, Any] = json.loads(opened.read(length))
-    return header, 8 + length
+        header: dict[str, Any] = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return header
 
 
 def check_shards(directory: Path) -> None:
-    """Raise ``ModelError`` if a file that an index of ``directory`` names is not there."""
+    """Raise ``ModelError`` if ``directory`` is none, or an index of it names a file or a tensor that is not there."""
+    if not directory.is_dir():
+        raise ModelError(f"there is no directory {directory}")
     for index in sorted(directory.glob(f"*{PLAIN}{INDEX_ENDING}")):
+        file = index
         try:
-            lost = [name for name in shards(index) if not (directory / name).is_file()]
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{index} cannot be read: {error}") from error
-        if lost:
-            raise ModelError(f"{directory} is not complete: {index.name} names {lost[0]}, which is not there")
+            names, weight_map = shards(index), json.loads(index.read_bytes())["weight_map"]
+            for file in (directory / name for name in names):
+                if not file.is_file():
+                    raise ValueError(f"{index.name} names it")
+                with safe_open(file, "np") as opened:
+                    there = set(opened.keys())
+                for name, shard in weight_map.items():
+                    if shard == file.name and there.isdisjoint((name, name + BITMASK)):
+                        raise ValueError(f"{index.name} names its tensor {name}")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(f"{file} is missing or damaged ({error}): fetch it again") from error
 
 
 def shards(index: Path) -> list[str]:
-    """The files that an index names, in the order of their names.
-
-    Raises:
-        ValueError: if it is no index, or names a file that is not in its directory.
-    """
+    """The files that an index names, sorted. Raises ``ValueError`` if it is none, or names one elsewhere."""
     content = json.loads(index.read_text(encoding="utf-8"))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

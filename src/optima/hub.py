@@ -29,9 +29,9 @@ def push(directory: str | Path, repo: str, *, private: bool | None = None, messa
         ModelError: if the directory is not a complete output, the repository holds another model, or the hub refuses.
     """
     folder = usable_path(directory, "the output", "give the output directory of optima prune")
+    check_shards(folder)
     if not (folder / REPORT_NAME).is_file() or not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} has no {REPORT_NAME} or no weights: give the output directory of optima prune")
-    check_shards(folder)
     repo, api = open_repo(repo, private), HfApi()
     try:
         api.upload_folder(

@@ -84,3 +84,4 @@ def test_what_cannot_be_pushed(
 
 def test_what_is_no_output(hub: type[Hub], cheap: Refused) -> None:
     assert "has no report.json" in cheap(arguments=["push", "model", "x"])
+    assert "there is no directory nope" in cheap(arguments=["push", "nope", "x"])

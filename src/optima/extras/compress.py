@@ -23,25 +23,19 @@ from torch import Tensor
 
 from optima.checkpointing import Destination
 from optima.errors import ModelError
-from optima.files import COMPRESSED, INDEX_ENDING, PLAIN, check_shards, explain_write_errors, usable_path
+from optima.files import BITMASK, COMPRESSED, INDEX_ENDING, PLAIN, check_shards, explain_write_errors, usable_path
 from optima.stopping import interruptible
 
-BITMASK, VALUES = ".bitmask", ".values"
-FORMAT = "optima-bitmask-1"
+VALUES, FORMAT = ".values", "optima-bitmask-1"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        path: the new directory.
-        before, after: bytes of all shards.
-    """
-
-    path: Path
-    before: int
+    path: Path  # the new directory
+    before: int  # bytes of all shards
     after: int
 
     def __str__(self) -> str:
@@ -57,8 +51,8 @@ def compress(directory: str | Path, output_dir: str | Path | None = None) -> Con
         output_dir: the new directory, by default the name of ``directory`` with ``-compressed`` appended.
 
     Raises:
-        ModelError: if ``directory`` holds no safetensors files, damaged or compressed ones, or lacks some, or the
-            output cannot be written.
+        ModelError: if ``directory`` has no safetensors files, damaged or compressed ones, or lacks some, or the output
+            cannot be written.
     """
     return _convert(directory, output_dir, PLAIN, COMPRESSED, _compress_shard)
 
@@ -75,13 +69,13 @@ def _convert(
     directory: str | Path, output_dir: str | Path | None, old: str, new: str, convert: Callable[[Path, Path], None]
 ) -> Conversion:
     source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
+    check_shards(source)
     found = sorted(file for file in source.glob(f"*{PLAIN}") if file.is_file())
     if old == PLAIN and any(file.name.endswith(COMPRESSED) for file in found):
         raise ModelError(f"{source} is compressed already: restore it with optima restore {source}")
     shards = {file: file.name.removesuffix(old) + new for file in found if file.name.endswith(old)}
     if not shards:
         raise ModelError(f"{source} holds no {old} files: name the directory of a checkpoint that has them")
-    check_shards(source)
     others = sorted(set(source.iterdir()) - shards.keys())
     here = Path(os.path.abspath(source))
     path = here.with_name(here.name + ("-compressed" if new == COMPRESSED else "-restored"))

@@ -231,7 +231,7 @@ class Writer:
         weight_map: dict[str, str] = {}
         size = parameters = 0
         for file in (file for group, file in self._files.items() if self._names[group]):
-            header, _ = read_header(self.directory / file)
+            header = read_header(self.directory / file)
             header.pop("__metadata__", None)
             weight_map |= dict.fromkeys(header, file)
             parameters += sum(math.prod(entry["shape"]) for entry in header.values())
