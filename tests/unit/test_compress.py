@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,28 @@ def test_what_cannot_be_converted_is_refused(model: Path, tmp_path: Path) -> Non
         refused(call, directory, tmp_path / "out", match=shard.name)
         shard.unlink()
         refused(call, directory, tmp_path / "out", match=shard.name)
+
+
+@pytest.mark.parametrize("aim", ["..", "../model", "../../elsewhere", "link"])
+def test_links_to_other_places_are_refused(aim: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("secret")
+    link = model / "1_Dense" / "link"
+    link.symlink_to(aim)
+    with pytest.raises(ModelError, match=f"{link} is a link"):
+        optima.compress(model)
+    assert not (tmp_path / "model-compressed").exists()
+
+
+def test_a_snapshot_of_the_hubs_cache_consists_of_links(model: Path, tmp_path: Path) -> None:
+    before, snapshots, blobs = snapshot(model), tmp_path / "snapshots" / "commit", tmp_path / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(file for file in sorted(model.rglob("*")) if file.is_file()):
+        link = snapshots / file.relative_to(model)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(blobs / str(number))
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    small = optima.compress(snapshots, tmp_path / "small").path
+    assert snapshot(optima.restore(small).path) == before
 
 
 def test_exchanged_shards_are_refused(model: Path) -> None:

@@ -1,7 +1,7 @@
 """Bitmask compression: a checkpoint with a bitmask and the kept values in place of each tensor that gets smaller by it.
 
 docs/compress.md has the format and a reader. What is kept is decided by bits: a negative zero is a value. One shard is
-in memory at a time. All other files are copied.
+in memory at a time. All other files are copied; links to other places are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +51,8 @@ def compress(directory: str | Path, output_dir: str | Path | None = None) -> Con
         output_dir: the new directory, by default the name of ``directory`` with ``-compressed`` appended.
 
     Raises:
-        ModelError: if ``directory`` has no safetensors files, damaged or compressed ones, or lacks some, or the output
-            cannot be written.
+        ModelError: if ``directory`` has no safetensors files, damaged or compressed ones, lacks some, or has a link to
+            another place, or the output cannot be written.
     """
     return _convert(directory, output_dir, PLAIN, COMPRESSED, _compress_shard)
 
@@ -76,6 +76,7 @@ def _convert(
     shards = {file: file.name.removesuffix(old) + new for file in found if file.name.endswith(old)}
     if not shards:
         raise ModelError(f"{source} holds no {old} files: name the directory of a checkpoint that has them")
+    _check_links(source, shards)
     others = sorted(set(source.iterdir()) - shards.keys())
     here = Path(os.path.abspath(source))
     path = here.with_name(here.name + ("-compressed" if new == COMPRESSED else "-restored"))
@@ -89,6 +90,16 @@ def _convert(
                 convert(shard, target / name)
         after = sum((target / name).stat().st_size for name in shards.values())
     return Conversion(path, sum(shard.stat().st_size for shard in shards), after)
+
+
+def _check_links(source: Path, shards: Collection[Path]) -> None:
+    """Refuse links but of shards, to files in ``source``, and from a snapshot in the hub's cache to its blobs."""
+    home = source.resolve()
+    own = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for path in source.rglob("*"):
+        aim = Path(os.path.realpath(path))  # resolve() raises where links form a loop
+        if path.is_symlink() and path not in shards and not (any(map(aim.is_relative_to, own)) and aim.is_file()):
+            raise ModelError(f"{path} is a link, but not to a file of the checkpoint: delete it, or copy the file")
 
 
 def _copy(path: Path, target: Path, old: str, new: str) -> None:
