@@ -23,15 +23,14 @@ from pathlib import Path
 
 import torch
 from harness.cases import SOLVER_NAMES, llm_like_hessian, load_cases, solver_of
-from harness.table import wide_console
-from harness.timing import use_threads
+from harness.machine import use_threads
 from qp_peers.direct import cholesky_rows
-from rich.table import Table
 from torch import Tensor
 
 from optima.core import Hessian, RowProblem, RowSolver, certify, make_problem, solve_rows
 from optima.core.problem import ENERGY_FLOOR
 from optima.patterns import NM, Unstructured
+from optima.reporting.markdown import table
 from optima.selectors.ranking import top_scores
 from optima.selectors.scores import wanda_score
 
@@ -215,19 +214,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(tallies: dict[str, Tally], seconds: float) -> int:
     """Print the counts; 1 if any certificate was violated."""
-    table = Table(title="true gap against certified gap", title_justify="left")
-    for column in ("rows", "checked points", "gap > 1e-3", "worst true/certified", "median", "violations"):
-        table.add_column(column, justify="left" if column == "rows" else "right")
-    for kind, tally in tallies.items():
-        table.add_row(
-            kind, f"{tally.rows:,}", f"{tally.nontrivial:,}", f"{tally.worst:.6f}", f"{tally.median:.3f}",
-            str(tally.violations),
-        )  # fmt: skip
-    console = wide_console()
-    console.print(table)
+    lines = [
+        [kind, f"{one.rows:,}", f"{one.nontrivial:,}", f"{one.worst:.6f}", f"{one.median:.3f}", str(one.violations)]
+        for kind, one in tallies.items()
+    ]
+    header = ["rows", "checked points", "gap > 1e-3", "worst true/certified", "median", "violations"]
+    print(table(header, lines))
     points, violations = (sum(getattr(tally, name) for tally in tallies.values()) for name in ("rows", "violations"))
     verdict = "PASS" if not violations else "FAIL"
-    console.print(
+    print(
         f"{verdict}  the certificate held on {points - violations:,} of {points:,} points ({points // 2:,} rows), "
         f"worst true/certified {max(tally.worst for tally in tallies.values()):.6f}, {seconds:.0f} s"
     )

@@ -13,7 +13,7 @@ import copy
 from pathlib import Path
 
 import torch
-from harness.table import machine
+from harness.machine import machine
 from harness.text import split
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

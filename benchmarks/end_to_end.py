@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness.table import machine
+from harness.machine import machine
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -20,18 +20,14 @@ Shapes: T tokens, O outputs (rows), D inputs, K common factors.
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from harness.cases import solver_of
+from harness.machine import machine, timed, use_threads
 from harness.memory import TensorPeak
-from harness.table import Claim, machine, show_claims, wide_console
-from harness.timing import synchronise, use_threads
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
@@ -40,6 +36,7 @@ from optima.core import SOLVERS, Hessian, RowSolver
 from optima.device import Stopwatch
 from optima.linear import Methods, prune_linear
 from optima.patterns import Unstructured
+from optima.reporting.markdown import table
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, make_selector
 
@@ -103,20 +100,6 @@ class Line:
         return self.hessian_seconds + self.prepare_seconds + self.mask_seconds + self.solve_seconds
 
 
-@dataclass
-class Clock:
-    """Wall time of device work."""
-
-    device: torch.device
-
-    def __call__(self, function: Callable[[], object]) -> float:
-        synchronise(self.device)
-        begin = time.perf_counter()
-        function()
-        synchronise(self.device)
-        return time.perf_counter() - begin
-
-
 def activations(size: int, shape: Shape, device: torch.device) -> Iterator[Tensor]:
     """Batches (T, D) in bfloat16: power-law common factors, noise, and a few massive inputs."""
     generator = torch.Generator(device).manual_seed(size)
@@ -134,11 +117,11 @@ def activations(size: int, shape: Shape, device: torch.device) -> Iterator[Tenso
         yield inputs_TD.mul_(scale_D).bfloat16()
 
 
-def accumulate(size: int, shape: Shape, clock: Clock) -> tuple[Hessian, float]:
+def accumulate(size: int, shape: Shape, device: torch.device) -> tuple[Hessian, float]:
     """The hessian of one distinct input, and the seconds spent on it (not on making activations up)."""
-    accumulator, seconds = Accumulator(size, clock.device), 0.0
-    for inputs_TD in activations(size, shape, clock.device):
-        seconds += clock(lambda inputs_TD=inputs_TD: accumulator.add(inputs_TD))
+    accumulator, seconds = Accumulator(size, device), 0.0
+    for inputs_TD in activations(size, shape, device):
+        seconds += timed(partial(accumulator.add, inputs_TD), device)[0]
     return Hessian(accumulator.mean(), 0.01, shape.tokens), seconds
 
 
@@ -152,12 +135,12 @@ def prune(name: str, weight_OD: Tensor, hessian: Hessian, solver: RowSolver) -> 
     return result.record, stopwatch.seconds
 
 
-def run_block(shape: Shape, solver: RowSolver, clock: Clock) -> list[Line]:
+def run_block(shape: Shape, solver: RowSolver, device: torch.device) -> list[Line]:
     """Every linear of one block, in order, the block's weights on the device throughout."""
     groups = shape.groups
-    generator = torch.Generator(clock.device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     weights = {
-        name: torch.randn(outputs, size, generator=generator, device=clock.device).mul_(0.02).bfloat16()
+        name: torch.randn(outputs, size, generator=generator, device=device).mul_(0.02).bfloat16()
         for size, linears in groups.values()
         for name, outputs in linears.items()
     }
@@ -166,12 +149,12 @@ def run_block(shape: Shape, solver: RowSolver, clock: Clock) -> list[Line]:
         hessian: Hessian | None = None
         for name, outputs in linears.items():
             hessian_seconds = prepare_seconds = 0.0
-            with TensorPeak(clock.device, list(weights.values())) as memory:
+            with TensorPeak(device, list(weights.values())) as memory:
                 if hessian is None:
                     memory.phase("hessian")
-                    hessian, hessian_seconds = accumulate(size, shape, clock)
+                    hessian, hessian_seconds = accumulate(size, shape, device)
                     memory.phase("factor")
-                    prepare_seconds = clock(lambda hessian=hessian: hessian.operator(hessian.working_dtype))
+                    prepare_seconds, _ = timed(partial(hessian.operator, hessian.working_dtype), device)
                 memory.phase("prune")
                 record, seconds = prune(name, weights[name], hessian, solver)
             solve_seconds = seconds["solve"] + seconds["round"]
@@ -187,9 +170,9 @@ def run_block(shape: Shape, solver: RowSolver, clock: Clock) -> list[Line]:
     return lines
 
 
-def forward_seconds(shape: Shape, clock: Clock) -> float:
+def forward_seconds(shape: Shape, device: torch.device) -> float:
     """One pass of a block over all tokens: its linears and its attention, in bfloat16, timed on one batch."""
-    device, dtype = clock.device, torch.bfloat16
+    dtype = torch.bfloat16
     heads = max(HEADS // shape.shrink, 1)
     length = LENGTH // shape.shrink
     weights = [
@@ -209,77 +192,65 @@ def forward_seconds(shape: Shape, clock: Clock) -> float:
         functional.scaled_dot_product_attention(query, query, query, is_causal=True)
 
     forward()
-    return clock(forward) * shape.tokens / shape.batch_tokens
+    return timed(forward, device)[0] * shape.tokens / shape.batch_tokens
 
 
-def show(lines: list[Line]) -> Table:
-    table = Table(title="one Llama-3-8B block", title_justify="left")
-    columns = (
+def show(lines: list[Line]) -> str:
+    header = (
         "linear", "outputs", "inputs", "hessian s", "factor s", "mask s", "solve s", "hessian TFLOP/s",
         "solve TFLOP/s", "peak GiB", "reached in", "iterations", "gap", "rows open",
     )  # fmt: skip
-    for column in columns:
-        table.add_column(column, justify="left" if column == "linear" else "right")
-    for line in lines:
-        table.add_row(
+    rows = [
+        [
             line.name, str(line.outputs), str(line.inputs),
             f"{line.hessian_seconds:.3f}", f"{line.prepare_seconds:.3f}",
             f"{line.mask_seconds:.3f}", f"{line.solve_seconds:.3f}", f"{line.hessian_tflops:.3g}",
             f"{line.solve_tflops:.3g}", f"{line.peak_bytes / GIB:.3g}", line.peak_phase,
-            f"{line.iterations:.1f}", f"{line.gap:.1e}",
-            str(line.open_rows),
-        )  # fmt: skip
-    return table
+            f"{line.iterations:.1f}", f"{line.gap:.1e}", str(line.open_rows),
+        ]
+        for line in lines
+    ]  # fmt: skip
+    return table(header, rows)
 
 
-def judge(lines: list[Line], passes: float, shape: Shape, device: torch.device, gap: float) -> list[Claim]:
-    """The goals, which only a full-size run on a GPU can bear out; a block of an eighth predicts the memory."""
+def judge(lines: list[Line], passes: float, shape: Shape, device: torch.device, gap: float) -> list[str]:
+    """The goals, which only a full-size run on a GPU can reach; a block of an eighth predicts the memory."""
     full = shape.shrink == 1 and device.type == "cuda"
     minutes = BLOCKS * (sum(line.seconds for line in lines) + 2 * passes) / 60
-    time_figure = f"{minutes:.2f} min, of it {2 * BLOCKS * passes / 60:.2f} forward passes"
     peak = max(line.peak_bytes for line in lines) / GIB
-    memory_figure = f"{peak:.2f} GiB"
+    memory = f"{peak:.2f} GiB"
     if shape.shrink == SHRINK["eighth"]:
-        memory_figure = f"{peak * shape.shrink**2:.2f} GiB of tensors, predicted from 1/{shape.shrink} of every size"
+        memory = f"{peak * shape.shrink**2:.2f} GiB of tensors, predicted from 1/{shape.shrink} of every size"
     worst, open_rows = max(line.gap for line in lines), sum(line.open_rows for line in lines)
-    return [
-        Claim(f"32 blocks under {GOAL_MINUTES:g} minutes", minutes < GOAL_MINUTES if full else None, time_figure),
-        Claim(f"under {GOAL_GIB:g} GiB", peak < GOAL_GIB if full else None, memory_figure),
-        Claim(f"every row certified to {gap:g}", worst <= gap and not open_rows, f"{worst:.1e}, {open_rows} rows open"),
-    ]
+    goals = [
+        (f"32 blocks under {GOAL_MINUTES:g} minutes", minutes < GOAL_MINUTES if full else None,
+         f"{minutes:.2f} min, of it {2 * BLOCKS * passes / 60:.2f} forward passes"),
+        (f"under {GOAL_GIB:g} GiB", peak < GOAL_GIB if full else None, memory),
+        (f"every row certified to {gap:g}", worst <= gap and not open_rows, f"{worst:.1e}, {open_rows} rows open"),
+    ]  # fmt: skip
+    verdicts = {True: "PASS", False: "FAIL", None: "NOT RUN"}
+    return [f"{verdicts[reached]:7}  {goal}: {figure}" for goal, reached, figure in goals]
 
 
-def main(arguments: list[str] | None = None) -> list[Claim]:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", default="full", choices=SHRINK)
     parser.add_argument("--solver", default="auto", choices=list(SOLVERS))
     parser.add_argument("--gap", type=float, default=1e-4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     use_threads(options.threads)
-    device, shape, console = torch.device(options.device), Shape(SHRINK[options.scale]), wide_console()
+    device, shape = torch.device(options.device), Shape(SHRINK[options.scale])
     if device.type == "cpu" and shape.shrink == 1:
         parser.error("the full size takes hours on a CPU: use --scale eighth or tiny, or --device cuda")
-    header = machine(device, options.threads)
-    console.print(header)
-    clock, solver = Clock(device), solver_of(options.solver, options.gap)
+    print(machine(device, options.threads))
+    solver = solver_of(options.solver, options.gap)
     if device.type == "cuda":
-        warm_up = Shape(SHRINK["tiny"])
-        run_block(warm_up, solver, clock)  # library handles and kernels are loaded outside the clock
-    lines = run_block(shape, solver, clock)
-    passes = forward_seconds(shape, clock)
-    claims = judge(lines, passes, shape, device, options.gap)
-    console.print(show(lines))
-    show_claims(console, claims)
-    if options.output:
-        record = {
-            "machine": header, "scale": options.scale, "forward_seconds": passes,
-            "linears": [asdict(line) for line in lines], "claims": [asdict(claim) for claim in claims],
-        }  # fmt: skip
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
-    return claims
+        run_block(Shape(SHRINK["tiny"]), solver, device)  # library handles and kernels are loaded outside the clock
+    lines = run_block(shape, solver, device)
+    print(show(lines))
+    print(*judge(lines, forward_seconds(shape, device), shape, device, options.gap), sep="\n")
 
 
 if __name__ == "__main__":

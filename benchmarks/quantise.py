@@ -1,14 +1,13 @@
 """Quantising a pruned model: which rounding keeps its zeros, and what it costs in perplexity.
 
     python benchmarks/quantise.py DENSE PRUNED --evaluation wikitext2_test.txt
-    python benchmarks/quantise.py PRUNED --dump-dir PRUNED/layers --evaluation wikitext2_test.txt
+    python benchmarks/quantise.py PRUNED --dump-dir DUMP --evaluation wikitext2_test.txt
 
 Rounds the linears of the model's blocks and back, weights only, and measures the perplexity of each model: int8 with
 one scale a row, int4 with one scale for each --group inputs, both symmetric (zero stands for zero), and int4 with an
-offset (zero is a number like any other). See docs/howto/quantise.md. With the hessians of every linear (``optima prune
-dump.py``) also int4 whose errors the other kept weights make up for. A pruned weight that was solved, and not
-tuned, is the least of its error under its mask, so that rounding it under the same hessian is rounding and solving
-jointly.
+offset (zero is a number like any other). See docs/howto/quantise.md. With the Hessians of every linear, written by
+dump.py, there is also int4 in which the other kept weights compensate for each error. Solved weights that are not tuned
+have the least error under their mask, so rounding them under the same Hessian is rounding and solving jointly.
 
 Shapes: O outputs, D inputs, G groups of inputs.
 """

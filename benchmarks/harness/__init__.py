@@ -1,1 +1,1 @@
-"""What the benchmark scripts share: the problems they solve and the clock they are timed by."""
+"""What the benchmark scripts share: rows to solve, text, the machine and its clock."""
