@@ -239,7 +239,8 @@ class Recipe(RunOptions):
     def one_sparsity(self) -> float:
         """The sparsity that an allocation distributes."""
         default = self.table(SCOPES[0]).default
-        assert default is not None, "allocation needs one sparsity"
+        if default is None:
+            raise RecipeError("allocation loss needs one sparsity for all linears")
         return default.sparsity
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import binomtest, bootstrap
 from torch import Tensor
 
+from optima.errors import ModelError
 from optima.evaluation.record import Estimate, PairedRecord, TaskRecord
 
 RESAMPLES = 10_000
@@ -26,7 +27,8 @@ def compare(reference: TaskRecord, model: TaskRecord, seed: int = 0) -> Iterator
     The p-value is McNemar's exact test: of the items that exactly one model answers correctly, each is equally likely
     to be either's under the null hypothesis. The interval is the 95% percentile bootstrap over items.
     """
-    assert reference.data_hash == model.data_hash, "not the same items"
+    if reference.data_hash != model.data_hash:
+        raise ModelError(f"{reference.task}: the models answered other items, and cannot be compared")
     for metric in reference.correct.keys() & model.correct.keys():
         pairs = zip(reference.correct[metric], model.correct[metric], strict=True)
         change_N = np.array([int(b) - int(a) for a, b in pairs])

@@ -102,10 +102,16 @@ def evaluate(
                 if dataset:
                     means = measure_windows(model, tokens_NL, reference, batch_size=batch_size or 1, log=log)
                     loss_N, (num_windows, length) = means.loss_N, tokens_NL.shape
-                    text = (protocol, num_windows, length, data_hash(tokens_NL), revision)
-                    record = replace(
-                        record, perplexity=PerplexityRecord(loss_N.mean().exp().item(), estimate(loss_N), *text)
+                    text = PerplexityRecord(
+                        perplexity=loss_N.mean().exp().item(),
+                        loss=estimate(loss_N),
+                        protocol=protocol,
+                        windows=num_windows,
+                        length=length,
+                        data_hash=data_hash(tokens_NL),
+                        dataset_revision=revision,
                     )
+                    record = replace(record, perplexity=text)
                     if reference is not None:
                         apart = DivergenceRecord(estimate(means.kl_N), estimate(means.top1_N))
                         record = replace(record, divergence=apart)

@@ -140,8 +140,19 @@ class Callbacks:
         else:
             self._own += 1
             left = (now - self._own_began) / self._own * (self._total - self._done)
-        place = self._stage, name, self._done, self._total, now - self._began, left
-        self._call("on_block", BlockEvent(*place, resumed, record, tuple(linears), tuple(units)))
+        event = BlockEvent(
+            stage=self._stage,
+            name=name,
+            done=self._done,
+            total=self._total,
+            elapsed=now - self._began,
+            left=left,
+            resumed=resumed,
+            record=record,
+            linears=tuple(linears),
+            units=tuple(units),
+        )
+        self._call("on_block", event)
 
     def notes(self, notes: Sequence[str]) -> None:
         """All notes so far; callbacks get the new ones."""
