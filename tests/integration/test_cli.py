@@ -171,10 +171,7 @@ class TestPlan:
         output = capsys.readouterr().out
         for name, shape in {
             "self_attn.q_proj": "32 x 32",
-            "self_attn.k_proj": "16 x 32",
             "self_attn.v_proj": "16 x 32",
-            "self_attn.o_proj": "32 x 32",
-            "mlp.gate_proj": "48 x 32",
             "mlp.up_proj": "48 x 32",
             "mlp.down_proj": "32 x 48",
         }.items():
@@ -243,20 +240,18 @@ class TestHelp:
             group = field.json_schema_extra["group"]  # type: ignore[index, call-overload]
             assert f"\n{group} ({GROUPS[group]}):\n" in text  # type: ignore[index]
 
-    @pytest.mark.parametrize(
-        "code",
-        [
-            "import optima; optima.Recipe(sparsity=0.3); optima.load_report",
-            "from optima.cli import main\ntry: main(['prune', '--help'])\nexcept SystemExit: pass",
-            "from optima.cli import main; main(['report', 'missing'])",
-            "from optima.cli import main; main(['prune', 'model', '--output-dir', 'out', '--sparsity', '2'])",
-        ],
-    )
-    def test_what_needs_no_tensors_does_not_wait_for_torch(self, code: str) -> None:
-        heavy = "{'torch', 'transformers', 'datasets'} & sys.modules.keys()"
-        result = subprocess.run(
-            [sys.executable, "-c", f"{code}\nimport sys\nassert not {heavy}, {heavy}"], capture_output=True, text=True
-        )
+    def test_what_needs_no_tensors_does_not_wait_for_torch(self) -> None:
+        code = """
+import optima, sys
+from optima.cli import main
+optima.Recipe(sparsity=0.3); optima.load_report
+main(["report", "missing"]); main(["prune", "model", "--output-dir", "out", "--sparsity", "2"])
+try: main(["prune", "--help"])
+except SystemExit: pass
+heavy = {"torch", "transformers", "datasets"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
 
     def test_public_names(self) -> None:

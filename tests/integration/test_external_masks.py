@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,8 @@ import pytest
 import torch
 from families import build, make_ids
 from safetensors.torch import save_file
-from tiny import Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model
+from tiny import Refused, load_weights, make_llama, prune_arguments, save_model
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from optima import Recipe, prune
 from optima.cli import main
@@ -70,27 +70,20 @@ def test_masks_from_the_zeros_of_a_checkpoint(root: Path) -> None:
 
 def test_masks_of_a_model_that_stores_weights_transposed(root: Path) -> None:
     """GPT-2's masks are D x O as its weights are; c_proj of the attention is square, so only the model can tell."""
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=300, n_positions=64)
-    model = GPT2LMHeadModel(config).eval()
-    masks = {}
-    for name, weight in model.state_dict().items():
-        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            masks[name] = torch.rand(weight.shape) < 0.5
-    recipe = Recipe(selector="external", mask_from=saved(masks), max_seq_length=16)
-    prune(model, recipe, calibration=make_tokens())
-    for name, mask in masks.items():
-        assert torch.equal(model.state_dict()[name] != 0, mask)
+    check_masks_as_stored("gpt2", r"\.c_\w+\.weight$")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_masks_of_fused_experts_are_stored_as_they_are(root: Path, family: str) -> None:
+    check_masks_as_stored(family, r"experts\.\w+_proj$")
+
+
+def check_masks_as_stored(family: str, pruned: str) -> None:
     model = build(family)
-    masks = {
-        name: torch.rand(parameter.shape) < 0.5 for name, parameter in model.named_parameters() if parameter.ndim == 3
-    }
-    recipe = Recipe(selector="external", mask_from=saved(masks), targets=["experts"], max_seq_length=16)
-    prune(model, recipe, calibration=make_ids())
+    weights = {name: weight for name, weight in model.named_parameters() if re.search(pruned, name)}
+    masks = {name: torch.rand(weight.shape) < 0.5 for name, weight in weights.items()}
+    targets = [re.escape(name.removesuffix(".weight")) for name in masks]
+    prune(model, Recipe(selector="external", mask_from=saved(masks), targets=targets), calibration=make_ids())
     for name, mask in masks.items():
         assert torch.equal(model.get_parameter(name) != 0, mask)
 

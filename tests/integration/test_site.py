@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from optima.errors import RecipeError
-from optima.recipe import SELECTOR_NAMES, load_recipe
+from optima.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,11 +30,6 @@ def test_the_page_of_errors_has_the_messages_of_the_code(monkeypatch: pytest.Mon
         for text in errors.messages()["RecipeError"]
     ]
     assert any(re.fullmatch(shape, str(caught.value)) for shape in shapes if shape.count(".+") < 6)
-
-
-def test_the_table_of_selectors_names_each() -> None:
-    page = (ROOT / "docs" / "selectors.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"^\| `([a-z]+)` \|", page, re.MULTILINE)) == sorted(SELECTOR_NAMES)
 
 
 @pytest.mark.slow

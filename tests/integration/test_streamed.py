@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close_in_norm
 from families import build
 from safetensors.torch import load_file, save_file
 from tiny import WEIGHTS, load_weights, make_llama, make_tokenizer, make_tokens, snapshot
@@ -110,7 +111,7 @@ def test_a_weight_is_read_when_it_is_asked_for_and_given_up_behind_the_phase(tmp
         logits = model(tokens).logits
         assert not model.lm_head.weight.is_meta
         assert all(parameter.is_meta for parameter in model.model.layers.parameters())
-    assert torch.equal(logits, make_llama(tie_word_embeddings=True)(tokens).logits)
+    assert_close_in_norm(logits, make_llama(tie_word_embeddings=True)(tokens).logits)
     assert dict(model.named_parameters())["model.embed_tokens.weight"].is_meta
     assert not model.model.norm.weight.is_meta
 

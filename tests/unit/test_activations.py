@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from closeness import assert_close_in_norm
 from families import build, make_ids, stack_of
 
 from optima.calibration.activations import capture
@@ -26,12 +27,8 @@ def test_gradients_are_those_of_the_whole_model(family: str) -> None:
     stack = select_linears(find_stacks(model), [".*"], [])[-1]
     acts = capture(model, stack, batches, whole=True)
     found = fisher_weights(model, stack, acts, seed=3)
-    linears = [
-        linear
-        for block in stack.blocks
-        for linear in block.linears
-        if not (linear.expert or linear.name in acts.probe.routed)
-    ]
+    linears = [linear for block in stack.blocks for linear in block.linears if not linear.expert]
+    linears = [linear for linear in linears if linear.name not in acts.probe.routed]
     tokens = sum(math.prod(label_size(model, tokens_BL)) for tokens_BL in batches)
     expected = {linear.name: torch.zeros(2, linear.shape[0]) for linear in linears}
 
@@ -50,26 +47,26 @@ def test_gradients_are_those_of_the_whole_model(family: str) -> None:
         handle.remove()
     for name, (square_O, tempered_O) in expected.items():
         expected_O = row_weights(tempered_O * (square_O.sum() / tempered_O.sum()))
-        torch.testing.assert_close(
-            found.rows[name],
-            expected_O,
-            rtol=1e-3,
-            atol=1e-3 * float(expected_O.mean()),
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+        assert_close_in_norm(found.rows[name], expected_O, name=name)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma4", "t5_encoder", "glm_moe_dsa"])
-def test_microbatches_give_what_the_batch_gives(family: str) -> None:
+# Where all experts and tokens are chosen, no choice between nearly equal ones depends on rounding.
+ALL_CHOSEN = {"index_topk": 16, "num_experts_per_tok": 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {}), ("gemma4", {}), ("t5_encoder", {}), ("glm_moe_dsa", ALL_CHOSEN)]
+)
+def test_microbatches_give_what_the_batch_gives(family: str, changes: dict[str, int]) -> None:
     """Also where blocks are called with what earlier blocks computed."""
-    model = build(family)
+    model = build(family, **changes)
     stack = stack_of(model)
     acts = capture(model, stack, [make_ids(4)], whole=True)
     with torch.no_grad():
         for block in stack.blocks:
             parts = [hidden_of(acts.run(block, 0, slice(row, row + 1))) for row in range(4)]
             acts.forward(block)
-            torch.testing.assert_close(torch.cat(parts), acts.hidden[0], rtol=1e-4, atol=1e-5)
+            assert_close_in_norm(torch.cat(parts), acts.hidden[0])
 
 
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])

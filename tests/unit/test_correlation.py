@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import stack_of
+from closeness import assert_close_in_norm
+from families import gradient_at, stack_of
 from layers import layer_of, make_layer
 from tiny import make_llama, make_tokens
 
 from optima.calibration.activations import capture
-from optima.calibration.fisher import fisher_weights, label_gradient
+from optima.calibration.fisher import fisher_weights
 from optima.calibration.weights import SHRINKAGE, correlated_rows, couples
 from optima.core.shifted import coupled_inverse, eigen_inverse, eigendecomposition, factored_inverse
 from optima.patterns import NM, Pattern, Unstructured
@@ -31,20 +32,11 @@ def test_they_are_those_of_the_gradients_of_the_whole_model() -> None:
     found = fisher_weights(model, stack, acts, seed=3, coupled=True)
     assert set(found.coupling) == {linear.name for block in stack.blocks for linear in block.linears if couples(linear)}
     name = "model.layers.1.mlp.down_proj"
-    seen: list[torch.Tensor] = []
-    model.get_submodule(name).register_forward_hook(
-        lambda module, args, output: seen.append(output) or output.retain_grad()
-    )
-    generator = torch.Generator().manual_seed(3)
     halves = torch.zeros(2, 32, 32, dtype=torch.float64)
-    for begin, tokens_BL in zip((0, 4), tokens_NL.split(4), strict=True):
-        drawn_T = torch.rand(tokens_BL.shape, generator=generator).flatten()
-        logits_TV = model(input_ids=tokens_BL).logits.flatten(0, 1)
-        logits_TV.backward(label_gradient(logits_TV.detach(), drawn_T))
-        for number, gradient_LO in enumerate(seen[-1].grad.double(), begin):
-            tempered_LO = gradient_LO / gradient_LO.norm(dim=1, keepdim=True).sqrt()
-            halves[number % 2] += tempered_LO.mT @ tempered_LO
-    assert torch.allclose(found.coupling[name].double(), correlated_rows(halves), rtol=1e-2, atol=1e-3)
+    for number, gradient_LO in enumerate(gradient_at(model, model.get_submodule(name), tokens_NL).double().split(16)):
+        tempered_LO = gradient_LO / gradient_LO.norm(dim=1, keepdim=True).sqrt()
+        halves[number % 2] += tempered_LO.mT @ tempered_LO
+    assert_close_in_norm(found.coupling[name], correlated_rows(halves), 2.0)  # stored in float16
     off_OO = correlations(halves.sum(dim=0)).fill_diagonal_(0.0)
     share = float(found.coupling[name].double().fill_diagonal_(0.0).norm() / off_OO.norm())
     assert 0.0 < share < SHRINKAGE
@@ -84,10 +76,11 @@ def test_a_factorisation_solves_as_an_eigendecomposition_does(outputs: int, dtyp
     factored = factored_inverse(matrix_DD.to(dtype), rows_OD, products=3)
     eigen = eigen_inverse(eigendecomposition(matrix_DD, torch.float32), rows_OD, products=3)
     for penalty in (0.3, 2.0):
-        exact_OD = torch.linalg.solve(matrix_DD + penalty * torch.eye(60), rows_OD.double().mT).mT
+        shifted_DD = matrix_DD + penalty * torch.eye(60)
+        exact_OD = torch.linalg.solve(shifted_DD, rows_OD.double().mT).mT
         for found_OD in (factored(penalty)(rows_OD), eigen(penalty)(rows_OD)):
             assert found_OD.dtype == torch.float32
-            assert torch.allclose(found_OD.double(), exact_OD, atol=1e-4)
+            assert_close_in_norm(found_OD, exact_OD, 4 * float(torch.linalg.cond(shifted_DD)))
 
 
 def test_the_inverse_solves_its_equation() -> None:
@@ -97,7 +90,8 @@ def test_the_inverse_solves_its_equation() -> None:
     inverse = coupled_inverse(eigendecomposition(rows_OO, torch.float32), eigendecomposition(inputs_DD, torch.float32))
     for penalty in (0.3, 2.0):
         found_OD = inverse(penalty)(right_OD)
-        assert torch.allclose(rows_OO @ found_OD @ inputs_DD + penalty * found_OD, right_OD, atol=1e-3)
+        condition = float(torch.linalg.cond(rows_OO) * torch.linalg.cond(inputs_DD))
+        assert_close_in_norm(rows_OO @ found_OD @ inputs_DD + penalty * found_OD, right_OD, condition)
 
 
 def least_loss(

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close_in_norm
 from families import build, make_ids, stack_of
+from runs import on_call, raising
 from tiny import weight_files
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from optima import Recipe, prune
 from optima.calibration.activations import Activations, capture
-from optima.calibration.batch_size import BatchSize
-from optima.calibration.hessians import Found, observe
-from optima.calibration.weights import FisherWeights
+from optima.calibration.hessians import observe
 from optima.models.blocks import Block, Linear, find_stacks, select_linears
 from optima.models.moe import FusedExperts, experts_of, linearized
 from optima.models.save import Writer
@@ -31,32 +31,15 @@ FUSED = [
 ]
 
 
-def acts_of(model: nn.Module, size: int = 2, batch_size: BatchSize | None = None) -> tuple[Block, Activations]:
+def acts_of(model: nn.Module) -> tuple[Block, Activations]:
     """The first block with experts, and what enters it."""
     stack = stack_of(model)
-    acts = capture(model, stack, list(make_ids(6, 16).split(size)), whole=True, batch_size=batch_size)
+    acts = capture(model, stack, list(make_ids(6, 16).split(2)), whole=True)
     for block in stack.blocks:
         if any(linear.expert for linear in block.linears):
             return block, acts
         acts.forward(block)
     raise AssertionError("no experts")
-
-
-def found_at(block: Block, acts: Activations, sink: float = 0.0, loss: FisherWeights | None = None) -> dict[str, Found]:
-    """Of the experts, by their names."""
-    found = observe(block, acts, sink, 0.0, None, loss)
-    return {each.linears[0].name: each for each in found if each.linears[0].expert}
-
-
-def matrix_DD(found: Found) -> Tensor:
-    assert found.hessian is not None
-    return found.hessian.matrix_DD.double()
-
-
-def same(one: dict[str, Found], other: dict[str, Found], rtol: float = 1e-4) -> None:
-    assert one.keys() == other.keys() != set()
-    for name, each in one.items():
-        torch.testing.assert_close(matrix_DD(each), matrix_DD(other[name]), rtol=rtol, atol=rtol * 1e-2)
 
 
 @contextmanager
@@ -91,7 +74,7 @@ def test_linearized_experts_give_the_output_of_the_fused_module(family: str) -> 
         expected = experts.module(*calls[0])
         with linearized([experts]):
             found = experts.module(*calls[0])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert_close_in_norm(found, expected)
     assert vars(experts.module).get("forward") is own
 
 
@@ -110,7 +93,7 @@ def test_the_fused_parameters_get_the_gradients_of_the_fused_module(family: str)
     with linearized([experts]):
         found = gradients()
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+        assert_close_in_norm(one, other)
 
 
 def inputs_of(experts: FusedExperts, call: tuple[Tensor, ...], number: int) -> tuple[Tensor, Tensor]:
@@ -162,7 +145,7 @@ def test_hessians_of_experts_by_the_definition(family: str, sink: float) -> None
         inputs_TD = (rows_TD if number is None else inner_of(experts, number, rows_TD)).double()
         return (weights_T[:, None] * inputs_TD).mT @ inputs_TD / weights_T.sum()
 
-    found = found_at(block, acts, sink)
+    found = {each.linears[0].name: each for each in observe(block, acts, sink, 0.0) if each.linears[0].expert}
     assert len(found) == 2 * experts.count
     for name, each in found.items():
         _, parameter, expert = name.rsplit(".", 2)
@@ -172,7 +155,7 @@ def test_hessians_of_experts_by_the_definition(family: str, sink: float) -> None
         expected_DD = (count * mean_DD(own[number], inner) + len(all_DD) * all_DD) / (count + len(all_DD))
         assert each.hessian is not None
         assert each.hessian.tokens == count
-        torch.testing.assert_close(matrix_DD(each), expected_DD, rtol=1e-4, atol=1e-5 * float(expected_DD.max()))
+        assert_close_in_norm(each.hessian.matrix_DD.float(), expected_DD, name=name)
 
 
 def test_an_expert_without_tokens_is_pruned_and_named() -> None:
@@ -198,15 +181,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     recipe = Recipe(batch_size=2, tuning_epochs=1)
     whole = build(family)
     prune(whole, recipe, output_dir=tmp_path / "whole", calibration=make_ids())
-    commit, done = Writer.commit, iter(range(3 if family == "t5" else 1))
-
-    def stopping(self: Writer, *args: Any) -> None:
-        if next(done, None) is None:
-            raise KeyboardInterrupt
-        commit(self, *args)
-
+    stopped = on_call(4 if family == "t5" else 2, Writer.commit, raising(KeyboardInterrupt()))
     with monkeypatch.context() as context:
-        context.setattr(Writer, "commit", stopping)
+        context.setattr(Writer, "commit", stopped)
         with pytest.raises(KeyboardInterrupt):
             prune(build(family), recipe, output_dir=tmp_path / "out", calibration=make_ids())
     model = build(family)

@@ -77,10 +77,7 @@ class TestBody:
         [
             ({"architectures": ["TheirModel"]}, "AutoModel"),
             ({"architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration"),
-            (
-                {"architectures": ["Theirs"], "auto_map": {"AutoModelForCausalLM": "their.Theirs"}},
-                "AutoModelForCausalLM",
-            ),
+            ({"architectures": ["X"], "auto_map": {"AutoModelForCausalLM": "x.X"}}, "AutoModelForCausalLM"),
         ],
     )
     def test_loads_the_class_and_a_tokenizer_that_is_there(

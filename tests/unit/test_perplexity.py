@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import transformers as hf
+from closeness import assert_close_in_norm
 from tiny import LINES, make_tokenizer
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
@@ -84,8 +85,8 @@ def test_losses_equal_the_plain_definition(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("optima.models.logits.LOGITS_BYTES", 4 * V * 3)
     model = build(CAUSAL[name])
     found = measure_windows(model, windows(), batch_size=2)
-    torch.testing.assert_close(found.loss_N, plain_losses(model, windows()), rtol=1e-5, atol=0.0)
-    assert perplexity(model, windows()) == pytest.approx(found.loss_N.mean().exp().item(), rel=1e-5)
+    assert_close_in_norm(found.loss_N.float(), plain_losses(model, windows()))
+    assert perplexity(model, windows()) == pytest.approx(found.loss_N.mean().exp().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2-softcapping", "not-sliceable"])
@@ -97,10 +98,11 @@ def test_divergence_equals_the_plain_definition(name: str, monkeypatch: pytest.M
     found = measure_windows(model, windows(), reference, batch_size=2)
     p_NLV, q_NLV = (each(windows()).logits[:, :-1].double().softmax(-1) for each in (reference, model))
     kl_N = (p_NLV * (p_NLV / q_NLV).log()).sum(-1).mean(1)
-    torch.testing.assert_close(found.kl_N, kl_N, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.top1_N, (p_NLV.argmax(-1) == q_NLV.argmax(-1)).double().mean(1))
+    assert_close_in_norm(found.kl_N.float(), kl_N, 2.0**10)  # a difference of logarithms
+    top1_N = (p_NLV.argmax(-1) == q_NLV.argmax(-1)).double().mean(1)
+    assert float((found.top1_N - top1_N).abs().sum()) < 1.5 / 22, "at most one token of two that are as likely"
     assert found.kl_N.min() > 0.001
-    torch.testing.assert_close(found.loss_N, plain_losses(model, windows()), rtol=1e-5, atol=0.0)
+    assert_close_in_norm(found.loss_N.float(), plain_losses(model, windows()))
 
 
 def test_the_model_is_left_as_it_was() -> None:

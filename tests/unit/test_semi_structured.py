@@ -45,13 +45,8 @@ def test_an_old_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_what_fits_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.extras.semi_structured.check_device", lambda device: None)
     monkeypatch.setattr("optima.extras.semi_structured.to_sparse_semi_structured", lambda weight_OD: -weight_OD)
-    weights = [
-        two_of_four(),
-        two_of_four(dtype=torch.float32),
-        two_of_four(16, 64),
-        two_of_four(32, 96),
-        torch.ones(32, 64, dtype=torch.bfloat16),
-    ]
+    weights = [two_of_four(*options) for options in ((), (32, 64, torch.float32), (16, 64), (32, 96))]
+    weights.append(torch.ones(32, 64, dtype=torch.bfloat16))
     model = nn.Sequential(*(nn.Linear(*reversed(weight_OD.shape), bias=False) for weight_OD in weights))
     for linear, weight_OD in zip(model, weights, strict=True):
         linear.weight = nn.Parameter(weight_OD)

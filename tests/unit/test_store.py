@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import raising
 
 from optima.calibration.store import SMALLEST_MAPPED, Store
 from optima.errors import ModelError
@@ -38,9 +39,6 @@ def test_small_tensors_and_stores_without_a_budget_keep_all(tmp_path: Path) -> N
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", raising(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(ModelError, match=str(tmp_path)):
         Store(0, tmp_path).keep(torch.zeros(SMALLEST_MAPPED))

@@ -118,14 +118,8 @@ class TestAuxiliaryFiles:
         for name in known | {"preprocessor_config.json"}:
             (source / name).parent.mkdir(exist_ok=True)
             (source / name).write_text("{}")
-        for name in (
-            "train.json",
-            "token.txt",
-            "notes.py",
-            ".hidden.json",
-            "2_Dense/x.bin",
-            "additional_chat_templates/x.txt",
-        ):
+        others = ("train.json", "token.txt", "notes.py", ".hidden.json", "2_Dense/x.bin")
+        for name in (*others, "additional_chat_templates/x.txt"):
             (source / name).write_text("x")
         (source / "checkpoint-5").mkdir()
         (source / "checkpoint-5" / "config.json").write_text("{}")
