@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from runs import finish, start
 
 from optima.distributed import Ranks, joined
@@ -67,6 +68,7 @@ def in_processes(size: int, work: Callable[[Ranks], object]) -> list[int]:
             children.append(child)
             continue
         code = 99
+        torch.set_num_threads(1)  # as in ``runs.start``
         try:
             names = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update(names)

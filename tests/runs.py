@@ -17,6 +17,7 @@ from pathlib import Path
 # A child shares what is imported before the fork: without these, each child would import them itself, for seconds.
 import datasets  # noqa: F401
 import scipy.optimize  # noqa: F401
+import torch
 from tiny import prune_arguments
 
 import optima.evaluation.evaluate
@@ -42,6 +43,7 @@ def start(
     if child:
         return child
     code = 99
+    torch.set_num_threads(1)  # a fork does not copy threads: the child would wait for those of the parent
     # The child must not return into pytest, whatever happens.
     with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere, open(messages, "w") as file:
         os.dup2(nowhere.fileno(), 1)
@@ -60,6 +62,7 @@ def run_script(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         child = os.fork()
         if not child:
             code: object = 1
+            torch.set_num_threads(1)
             try:
                 signal.alarm(300)
                 os.dup2(out.fileno(), 1)

@@ -76,6 +76,7 @@ def test_fewer_at_a_time_generate_the_same() -> None:
 def test_any_number_of_processes_generates_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("optima.data.generate.BATCH", 16)  # for any number of processes: the same shapes and bits
+    torch.set_num_threads(1)  # as in each process
     torch.save(generate(make_llama()), "alone")
 
     def work(ranks: Ranks) -> None:

@@ -51,7 +51,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        # Here, not in a child: children share what is imported at first use.
+        # Here, not in a child: children share what is imported at first use. They have one thread.
+        torch.set_num_threads(1)
         assert main(prune_arguments()) == 0
     return home / "out"
 
