@@ -14,7 +14,7 @@ import pytest
 from records import LINEAR, RUN, linear, report, unsolved
 
 from optima.reporting.html import DRAWN, SECTIONS, render_html
-from optima.reporting.record import BlockRecord, Report
+from optima.reporting.record import BlockRecord, Report, Size, UnitRecord
 
 BYTES = 2 * 2**20
 EVIL = "</script><script>alert('x')</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}"
@@ -77,7 +77,11 @@ def test_sections_are_there_where_they_have_something_to_say() -> None:
     assert "Notes a note" in full.shown
     assert "solve 31.0 s 50% everything else 31.0 s 50%" in full.shown
     titles = {attributes["id"] for tag, attributes in full.elements if tag == "h2"}
-    assert titles == {f"h-{name}" for name in SECTIONS} - {"h-tuning"}
+    assert titles == {f"h-{name}" for name in SECTIONS} - {"h-tuning", "h-units"}
+    units = (UnitRecord(0, "layers.0.mlp", "neurons", 36, 48, error=0.1, gap=1e-9, energy=0.125),)
+    smaller = page(Report(RUN, (), units=units, sizes=(Size(4, 8, 8), Size(3, 6, 6))))
+    assert "layers.0.mlp 36 of 48 neurons 12.5%" in smaller.shown
+    assert "75.0% of the parameters" in smaller.shown
     empty = page(Report(RUN, ()))
     assert "Nothing was pruned." in empty.shown
     for title in ("map", "spread", "linears", "times"):

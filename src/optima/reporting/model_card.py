@@ -25,7 +25,6 @@ from optima.reporting.summary import bullets, code, names_of, summary
 
 CARD_NAME = "README.md"
 PAGE = Path(__file__).parent / "page"
-TAGS = ("pruning", "optima")
 # Settings that the card names: the method, not where and on what it ran.
 SHOWN = (
     *(
