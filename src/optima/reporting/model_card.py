@@ -59,8 +59,9 @@ def write_card(directory: Path, report: Report, base_model: str | None) -> None:
     patterns = sorted({linear.pattern for linear in report.linears if parse_nm(linear.pattern)})
     head["tags"] = [
         *([tags] if isinstance(tags, str) else tags),
-        *TAGS,
+        "pruning",
         *([] if report.sizes else ["sparse"]),
+        "optima",
         *patterns,
     ]
     head.setdefault("library_name", "transformers")
