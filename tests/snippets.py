@@ -33,7 +33,7 @@ from transformers import GenerationConfig
 import optima
 from optima.cli import main
 from optima.evaluation.perplexity import evaluation_windows
-from optima.recipe import Recipe
+from optima.recipe import Recipe, RunOptions
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?:^<!-- (file|not run): (.*?) -->\n)?^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -68,15 +68,15 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, dense: Path, pruned: Path) -> None:
         self.dense, self.pruned = dense, pruned
-        before = Recipe.__init__
+        before = RunOptions.__init__
 
-        def init(recipe: Recipe, **values: Any) -> None:
+        def init(recipe: RunOptions, **values: Any) -> None:
             before(recipe, **values)
             for name, most in MOST.items():
                 if (value := getattr(recipe, name)) is not None:
                     vars(recipe)[name] = min(value, most)
 
-        monkeypatch.setattr(Recipe, "__init__", init)
+        monkeypatch.setattr(RunOptions, "__init__", init)
         monkeypatch.setattr("optima.evaluation.evaluate.evaluation_windows", short_windows)
         monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: Builder())
         monkeypatch.syspath_prepend(str(Path.cwd()))
@@ -119,6 +119,9 @@ class World:
             case ["optima", "eval", *_] if "--tasks" in words:
                 pass  # test_tasks.py has items
             case ["optima", command, *arguments]:
+                if {"shrink", "--neurons", "--blocks"} & set(words) and not Path(arguments[0]).exists():
+                    deep = make_llama(num_hidden_layers=5, intermediate_size=512, max_position_embeddings=256)
+                    save_model(Path(arguments[0]), deep)
                 arguments = [self._argument(*pair) for pair in zip(["", *arguments], arguments, strict=False)]
                 self._models(command, arguments)
                 try:

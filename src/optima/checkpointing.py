@@ -164,7 +164,7 @@ class Destination:
         path: OUT without links.
         partial: its sibling, which holds everything until the end.
         journal: of this run, or of the one that it resumes.
-        notes: what became of an unfinished run, for the report.
+        notes: whether an unfinished run was deleted or not found, for the report.
     """
 
     path: Path
@@ -225,7 +225,6 @@ class Destination:
             destination._discard()
 
     def _take_over(self, run: Mapping[str, object], resume: bool | None) -> None:
-        """Keep what an unfinished run left, or delete it; raise ``ModelError`` if ``resume`` does not say which."""
         journal = self.journal
         unfinished = journal.holds_work and self.directory.exists()  # else the output had its name already
         if unfinished and resume is not False:
@@ -248,7 +247,6 @@ class Destination:
         self.journal = Journal(journal.file)
 
     def _publish(self) -> None:
-        """Give the finished directory its name."""
         with explain_write_errors(self.path):
             sync(*self.directory.rglob("*"), self.directory)
         try:
@@ -258,7 +256,6 @@ class Destination:
         sync(self.path.parent, self.partial)
 
     def _discard(self) -> None:
-        """Remove the partial directory, the lock last, or say that it stays."""
         try:
             delete(each for each in self.partial.iterdir() if each.name != RUN)
             (self.partial / RUN).unlink()

@@ -71,7 +71,6 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
-    """The parser of the command line and that of each command."""
     parser = _Parser(prog="optima", description="One-shot pruning of transformers.", epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"optima {optima.__version__}")
     found = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -124,6 +123,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--tasks", nargs="+", metavar="TASK", help="of lm-eval, such as piqa,arc_easy")
     option("--task-data", metavar="DIR", help="local items: TASK_SPLIT.jsonl, .json, .parquet (hub)")
     option("--task-limit", type=int, metavar="N", help="use the first items of each task only (all)")
+    option("--speed", action="store_true", help="tokens per second of prefill and decoding")
     option("--batch-size", type=int, metavar="N", help="of a forward pass (1 window, 8 choices)")
     add_device(option)
     option("--dtype", choices=DTYPES, metavar="NAME", help=f"{', '.join(DTYPES)} (auto)")
@@ -158,7 +158,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 
 def _add_recipe(parser: _Parser, *kinds: type[RunOptions]) -> None:
-    """An option for each field of these options, by group, and the presets."""
     presets = ", ".join(kinds[0].presets) if kinds[0] is Shrink else "a preset of optima recipe"
     parser.add_argument("--recipe", metavar="NAME", help=f"YAML file, or {presets}")
     fields: dict[str, Any] = {name: field for kind in reversed(kinds) for name, field in kind.model_fields.items()}
@@ -214,7 +213,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _end(status: int, error: BaseException, message: Text) -> int:
-    """Print why a command ends; returns the exit status."""
     # Of torchrun's processes on a machine all have the same to say, but for those that are left when another has died.
     if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
         try:
@@ -276,12 +274,10 @@ def _push(directory: str, repo: str, **options: Any) -> None:
 
 
 def _plan(model: str, device: str = "auto", trust_remote_code: bool = False, **options: Any) -> None:
-    shrinks = bool({"neurons", "blocks"} & options.keys())
-    recipe: RunOptions = _pop_recipe(options, Shrink if shrinks else Recipe)
+    verb, kind = ("shrink", Shrink) if {"neurons", "blocks"} & options.keys() else ("prune", Recipe)
+    recipe: RunOptions = _pop_recipe(options, kind)
     if options:
-        raise OptimaError(
-            f"--{min(options).replace('_', '-')} is no option of a plan to {'shrink' if shrinks else 'prune'}"
-        )
+        raise OptimaError(f"--{min(options).replace('_', '-')} is not an option of optima {verb}")
     console = _quiet_console()
     from optima.models.load import find_source
     from optima.plan import make_plan, print_plan

@@ -175,7 +175,7 @@ def memory_explained(remedy: str = REMEDY) -> Iterator[None]:
 
 @contextmanager
 def backward_explained(name: str) -> Iterator[None]:
-    """A missing backward pass inside, as of some kernels, is a ``NotDifferentiableError``."""
+    """A missing backward pass inside, which some kernels lack, is a ``NotDifferentiableError``."""
     try:
         with one_memory_error():
             yield
@@ -221,7 +221,6 @@ def default_torch_settings() -> Iterator[None]:
 
 @contextmanager
 def _matmul_precision(cuda: str, mkldnn: str) -> Iterator[None]:
-    """Products of float32 matrices have this precision inside, on CUDA and in oneDNN."""
     backends: Any = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to mypy
     with ExitStack() as stack:
         for backend, precision in zip(backends, (cuda, mkldnn), strict=True):
@@ -266,7 +265,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of each stage so far. On CUDA this waits for the device."""
+        """Seconds of each stage so far. On CUDA this waits for the device."""
         if self._events:
             torch.cuda.synchronize(self._device)
         for stage, begin, end in self._events:

@@ -196,7 +196,6 @@ class Ranks:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """A broken connection is a ``RankError``."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -206,7 +205,7 @@ class Ranks:
             unstoppable()  # the launcher will stop this process too: not before it has cleared up
             reason = str(error).strip().splitlines()[0]
             raise RankError(
-                f"another process of this run is no more ({reason}): what was committed stays; the same command with "
+                f"another process of this run has exited ({reason}): what was committed stays; the same command with "
                 "--resume goes on, with as many processes as you like"
             ) from error
 

@@ -1,6 +1,6 @@
 """Every error a user can cause. The message names the input at fault and what to do about it."""
 
-# Where activations are no numbers.
+# Where activations are NaN or Inf.
 OTHER_DTYPE = "load the model in another dtype (--dtype bfloat16 or float32), or check its weights"
 
 
@@ -29,7 +29,7 @@ class NumericalError(OptimaError):
 
 
 class RankError(OptimaError):
-    """Another process of the same run is no more."""
+    """Another rank has exited."""
 
 
 class DeviceMemoryError(OptimaError):

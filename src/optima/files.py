@@ -85,7 +85,7 @@ def digest(file: Path) -> str | None:
 
 
 def stamps(files: Iterable[Path]) -> dict[str, list[Any]]:
-    """Of each file, by its name: size, time of the last change, and a hash of its first MiB and of some blocks."""
+    """The identity of each file, by name: size, time of the last change, a hash of its first MiB and some blocks."""
     found: dict[str, list[Any]] = {}
     for file in sorted(files):
         stat = file.stat()

@@ -47,7 +47,7 @@ class Methods:
 
 @dataclass(frozen=True)
 class LinearResult:
-    """What became of one linear.
+    """One pruned linear.
 
     Attributes:
         weight_OD: the weights as they are to be written, in the checkpoint's dtype, zero off keep.
@@ -146,7 +146,6 @@ def select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection:
 
 
 def _broken(selection: Any, task: LinearTask, pattern: Pattern) -> str:
-    """What a selector's answer breaks of its contract; empty if nothing."""
     if not isinstance(selection, Selection):
         return f"it returned {type(selection).__name__}, not a Selection"
     shape, keep_OD, weight_OD = tuple(task.weight_OD.shape), selection.keep_OD, selection.weight_OD
@@ -210,7 +209,6 @@ def _errors(
 
 
 def _certificates(solution: RowSolution | None, rounded: Rounded | None) -> dict[str, Any]:
-    """What the solver did and what is proven, before and after rounding, for a record."""
     if solution is None or rounded is None:
         gaps = dict.fromkeys(("gap_max", "gap_written_max", "loss_written"))
         return {"solver": "none", "iterations_mean": 0.0, "iterations_max": 0, "rows_not_converged": 0, **gaps}

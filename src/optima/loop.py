@@ -150,7 +150,6 @@ def find_fisher_weights(
 
 
 def _tuned(record: LinearRecord, block: Block) -> LinearRecord:
-    """The record of a tuned linear, whose weights have no certificate."""
     weight_OD = next(linear for linear in block.linears if linear.name == record.name).read()
     sparsity, none = float((weight_OD == 0).double().mean()), None
     return replace(record, sparsity=sparsity, tuned=True, gap_written_max=none, loss_written=none)

@@ -194,7 +194,7 @@ def plan_run(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Planned:
-    """Make every check that needs neither weights nor text; arguments as of ``optima.prune``.
+    """Make every check that needs neither weights nor text; arguments: see ``optima.prune``.
 
     ``resolve`` is called as ``resolve_recipe``, without the recipe.
     """
@@ -215,7 +215,7 @@ def plan_run(
 
 
 def make_plan(source: Source, options: RunOptions, device: str = "auto") -> Plan:
-    """Plan pruning or shrinking ``source`` without its weights; arguments and errors as of ``resolve_recipe``."""
+    """Plan pruning or shrinking ``source`` without its weights; arguments and errors: see ``resolve_recipe``."""
     resolve: Callable[..., Plan] = resolve_shrink if isinstance(options, Shrink) else resolve_recipe
     return resolve(skeleton(source), options, device=named_device(device), source=source)
 
@@ -236,7 +236,7 @@ def resolve_recipe(
         recipe: what to do.
         device: where blocks are pruned.
         source: where the model is from; None if it is in memory.
-        calibration: as of ``optima.prune``.
+        calibration: see ``optima.prune``.
         trust_remote_code: whether a selector of the user's own, or code of a checkpoint of masks, may run.
 
     Raises:
@@ -282,7 +282,7 @@ def resolve_shrink(
     calibration: object = None,
     trust_remote_code: bool = False,
 ) -> ShrinkPlan:
-    """Check what ``options`` remove from a model, without its weights; arguments as of ``resolve_recipe``.
+    """Check what ``options`` remove from a model, without its weights; arguments: see ``resolve_recipe``.
 
     Raises:
         OptimaError: for what cannot be done.
@@ -431,7 +431,6 @@ def check_in_memory(model: PreTrainedModel) -> None:
 
 
 def _unmatched(recipe: Recipe, stacks: Sequence[Stack]) -> list[str]:
-    """A note for each regex of ``ignore`` that matches nothing: it may be misspelt."""
     names = [linear.name for stack in stacks for block in stack.blocks for linear in (*block.linears, *block.excluded)]
     asked = (regex for regex in recipe.ignore if regex not in Recipe().ignore)
     return [f"ignore {each!r} matches no linear" for each in asked if not any(re.search(each, name) for name in names)]
@@ -519,7 +518,6 @@ def _shrink_lines(plan: ShrinkPlan) -> list[str]:
 
 
 def _prune_lines(plan: Plan, name: str, console: Console) -> list[str]:
-    """Print the table of linears, with blocks alike in one group; the lines below it."""
     assert isinstance(plan, PrunePlan)
     table = Table(title=f"{name}: what would be pruned", title_justify="left")
     for heading in ("blocks", "linear", "outputs x inputs", "sparsity"):
@@ -543,7 +541,6 @@ def _prune_lines(plan: Plan, name: str, console: Console) -> list[str]:
 
 
 def _rows(plan: PrunePlan, block: Block) -> dict[tuple[str, str, str], int]:
-    """A block's linears as a table shows them, and how many are alike, as experts are."""
     rows: dict[tuple[str, str, str], int] = {}
     for linear in block.linears:
         name = kind(linear.name.removeprefix(f"{block.name}."))

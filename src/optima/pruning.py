@@ -173,7 +173,6 @@ class Pruned:
 
 
 def _share(block: Block, pruned: Pruned, run: RunState, solved: bool) -> None:
-    """Broadcast records, notes, weights, and what tuning needs, from the owners to all ranks."""
     ranks = run.ranks
     pruned.notes = ranks.gather_dict(pruned.notes)
     pruned.records = ranks.gather_dict(pruned.records)

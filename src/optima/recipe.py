@@ -40,7 +40,6 @@ GROUPS = {
 
 
 def _one_or_many(value: Any) -> Any:
-    """One text, or path, stands for a list of one."""
     many = [value] if isinstance(value, str | os.PathLike) else value
     return [_path_text(each) for each in many] if isinstance(many, list | tuple) else many
 
@@ -271,7 +270,6 @@ class Shrink(RunOptions):
 
 
 def _message(error: Any) -> str:
-    """One of pydantic's errors, with the name of the field and its value."""
     name = ".".join(map(str, error["loc"]))
     if error["type"] == "value_error":  # of a rule above, which names the field itself
         text = str(error["ctx"]["error"])

@@ -112,7 +112,7 @@ def open_run(
 ) -> Iterator[OpenRun[Planned]]:
     """Open a run: every check first, then the output directory, the text and the weights.
 
-    The output gets its name when the context ends without an error. Arguments as of ``optima.prune``.
+    The output gets its name when the context ends without an error. Arguments: see ``optima.prune``.
 
     Args:
         resolve: makes the plan, see ``plan_run``.

@@ -56,11 +56,11 @@ def shrink(
     """Remove neurons and blocks from a model, in one shot: it becomes smaller, and faster in every runtime.
 
     Args:
-        model: as of ``optima.prune``; one in memory becomes smaller in place.
+        model: see ``optima.prune``; a model in memory becomes smaller in place.
         options: what to remove, and how to repair.
         output_dir: where the smaller checkpoint, the report and the options are written; may be None for a model in
             memory.
-        tokenizer, calibration, device, trust_remote_code, callbacks, progress, resume: as of ``optima.prune``.
+        tokenizer, calibration, device, trust_remote_code, callbacks, progress, resume: see ``optima.prune``.
 
     Returns:
         The report: what went, and what was lost where.

@@ -143,8 +143,6 @@ class RunState:
         return lambda: kept
 
     def _written(self, block: Block) -> dict[str, Tensor]:
-        """The committed tensors of a block; all ranks call it at the same time."""
-
         def read() -> dict[str, Tensor]:
             assert self.writer is not None
             return self.writer.read(block.name)

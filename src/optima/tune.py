@@ -119,12 +119,12 @@ class BlockError:
     def __call__(self, found: Tensor, target: Tensor, microbatch: Microbatch | None = None, epoch: int = 0) -> Tensor:
         """The mean cost over the tokens of ``found`` and ``target``, (..., E), each times its weight.
 
-        Of a token that has several hidden states it is their mean.
+        A token with several hidden states counts with their mean.
 
         Args:
             found: the block's outputs.
             target: those of the dense block.
-            microbatch: whose they are; None: all tokens weigh the same.
+            microbatch: the sequences of ``found`` and ``target``; None: all tokens weigh the same.
             epoch: unused.
         """
         change_TE = (found.float() - target.float()).flatten(0, -2)
@@ -302,7 +302,6 @@ def _steps(sequences: Sequence[int], generator: torch.Generator) -> list[list[in
 
 
 def _backward(errors: Iterable[Tensor], block: Block) -> None:
-    """Add the gradients of ``errors``, which are computed one by one, to those of the masters."""
     with torch.enable_grad(), differentiable(block.module):
         for error in errors:
             if not error.requires_grad:
@@ -315,7 +314,6 @@ def _backward(errors: Iterable[Tensor], block: Block) -> None:
 
 
 def _all_reduce_gradients(masters: Mapping[str, Tensor], count: int, ranks: Ranks) -> None:
-    """The mean gradient of a step's ``count`` sequences, on every rank."""
     if ranks.size > 1:
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in masters.values()]
         flat = ranks.all_reduce_(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -333,14 +331,13 @@ def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> No
 
 
 def _adam(masters: Mapping[str, Tensor]) -> torch.optim.Adam:
-    """A fresh optimizer; each group knows the size of its tensor."""
     groups = [{"params": [master], "size": size_of(master)} for master in masters.values()]
     return torch.optim.Adam(groups, betas=BETAS, fused=True)
 
 
 @torch.no_grad()
 def size_of(master: Tensor) -> float:
-    """Root mean square of what is not zero: models differ by much in the size of their weights."""
+    """Root mean square of the nonzero weights: the size of weights differs much between models."""
     return math.sqrt(float(master.square().sum()) / max(int(master.count_nonzero()), 1))
 
 
@@ -372,7 +369,6 @@ def changed_names(block: Block, pruned: Collection[str], tuned: bool) -> list[st
 
 
 def _masters(block: Block, keeps: Mapping[str, Tensor | None], solutions: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of what is tuned, in float32 at least, by name."""
     pruned: defaultdict[int, list[Linear]] = defaultdict(list)  # one parameter may hold many experts
     for linear in block.linears:
         if linear.name in keeps:

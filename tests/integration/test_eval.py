@@ -60,6 +60,15 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.settings["models"] == ["model", "other"]
 
 
+def test_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "model", "other", "--speed", "--output", "speed.json"]) == 0
+    assert "prefill ratio" in capsys.readouterr().out
+    for model in load_evaluation("speed.json").models:
+        assert model.speed is not None
+        assert model.speed.prefill > 0.0
+        assert model.speed.decode is not None
+
+
 def test_tasks(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval.models.huggingface", reason="needs the eval extra", exc_type=ImportError)
     cuts = [slice(i, i + 8) for i in range(20)]

@@ -151,7 +151,7 @@ class TestOwnSelector:
             ("no_such_module:Mine", "No module named 'no_such_module'"),
             ("own_selectors:Yours", "has no attribute 'Yours'"),
             ("own_selectors:Needy", "missing 1 required positional argument"),
-            ("own_selectors:Empty", "is no selector: it needs published_scope and select"),
+            ("own_selectors:Empty", "is not a selector"),
             (":Mine", "write module:Class"),
             ("./own_selectors.py:Mine", "write module:Class"),
             ("torn_selectors:Mine", r"torn_selectors\.py, line 1"),

@@ -98,7 +98,7 @@ class Activations:
 
     @property
     def tokens(self) -> int:
-        """Of all ranks."""
+        """Tokens of all ranks."""
         return sum(self.counts) * self.length
 
     @property
@@ -112,7 +112,7 @@ class Activations:
         return self.batch_size.device
 
     def part(self, batches: Sequence[int] | None = None) -> Activations:
-        """Of some batches, or all, advancing on their own; the tensors are shared. All ranks call it."""
+        """The activations of some batches, or all, advancing on their own; tensors are shared. All ranks call it."""
         batches = range(len(self.batches)) if batches is None else batches
         part = replace(
             self,
@@ -207,7 +207,6 @@ def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _alike(found: Any, expected: Any, dtype: torch.dtype) -> bool:
-    """Whether two sets of arguments hold the same tensors, but for rounding."""
     pairs: tuple[list[Tensor], list[Tensor]] = [], []
     for arguments, tensors in zip((found, expected), pairs, strict=True):
         map_tensors(arguments, tensors.append)
@@ -269,7 +268,6 @@ def capture(
 
 
 def _record(model: nn.Module, stack: Stack, batches: Sequence[Tensor], acts: Activations) -> None:
-    """Run the model's forward pass, with the first blocks, as many as ``acts`` have, replaced by recorders."""
     blocks = stack.blocks[: len(acts.arguments)]
 
     def record(batch: Tensor, rows: slice) -> None:
@@ -395,6 +393,5 @@ def _check_outputs(model: nn.Module, stack: Stack, batch: Tensor, hidden: Any) -
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
-    """The hidden states that a block is called with, and its other arguments."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden, (args[1:], {name: value for name, value in kwargs.items() if args or name != "hidden_states"})

@@ -172,7 +172,6 @@ class _GradientPass:
         return gradients
 
     def _finish(self, block: Block, sums: _BlockSums) -> None:
-        """Make the weights of the tokens and rows of a block, over all ranks."""
         found, keep, tokens = self.found, self.acts.store.keep, self.part.tokens
         inputs = {linear.name: linear.shape[1] for linear in block.linears}
         for name, own in sums.squares.items():
@@ -400,7 +399,6 @@ def _finite(square_T: Tensor, where: str) -> Tensor:
 
 
 def _all_reduced(sums: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The sums over all ranks, by one message."""
     if ranks.size == 1 or not sums:
         return dict(sums)
     flat = ranks.all_reduce(torch.cat([own.flatten() for own in sums.values()]))

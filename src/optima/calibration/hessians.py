@@ -178,7 +178,7 @@ class _Common(NamedTuple):
 
 
 class _Hessians:
-    """Accumulates the inputs of a block's linears; arguments as of ``observe``."""
+    """Accumulates the Hessians of a block's linears; see ``observe``."""
 
     def __init__(
         self, block: Block, acts: Activations, sink_weight: float, stopwatch: Stopwatch, fisher: FisherWeights | None
@@ -226,7 +226,6 @@ class _Hessians:
             self.acts.run(self.block, batch, rows)
 
     def _start(self, batch: int, rows: slice) -> None:
-        """Samples of a batch are about to run."""
         if batch != self._batch:
             self._added.clear()
         self._batch, self._rows = batch, rows
@@ -252,7 +251,7 @@ class _Hessians:
             raise _AllSeen
 
     def _weights(self, name: str, device: torch.device) -> Tensor | None:
-        """Of all tokens of this pass at a linear, or at the block; None if they weigh alike."""
+        """Weights of all tokens of this pass at a linear, or at the block; None if they weigh alike."""
         samples, length = len(self.acts.batches[self._batch]), self.acts.length
         weight_T = None
         if self.fisher is not None:

@@ -68,7 +68,7 @@ class LogitsError:
 
         Args:
             found, target: outputs of the pruned and the dense block, in the layout of ``Activations.hidden``.
-            microbatch: whose they are.
+            microbatch: the sequences of ``found`` and ``target``.
             epoch: of the tuning.
         """
         home, fixed, (batch, rows, _) = next(self.model.parameters()).device, found.detach(), microbatch

@@ -36,7 +36,7 @@ FEW_TOKENS = 16  # row weights estimated from so many tokens are shrunk halfway 
 
 
 class Moments(NamedTuple):
-    """Of the tempered weights of a linear's tokens: how many, the sums of the weights and of their squares.
+    """Moments of the tempered weights of a linear's tokens: how many, their sum and the sum of their squares.
 
     ``inputs``: of the linear; 0: any number of effective tokens will do.
     """
@@ -48,13 +48,13 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, squares: Sequence[Tensor], inputs: int = 0) -> Moments:
-        """Of the tokens of several batches, untempered squares (T,)."""
+        """Moments of the tokens of several batches, untempered squares (T,)."""
         own = [square_T.pow(POWER) for square_T in squares]
         total, squared = sum(float(own_T.sum()) for own_T in own), sum(float(own_T @ own_T) for own_T in own)
         return cls(sum(map(len, own)), total, squared, inputs)
 
     def among(self, count: float) -> Moments:
-        """Of ``count`` tokens, of which all others have the mean."""
+        """Moments of ``count`` tokens, of which all others have the mean."""
         mean, others = self.total / self.tokens, count - self.tokens
         return self._replace(tokens=count, total=mean * count, squares=self.squares + others * mean**2)
 
@@ -70,13 +70,13 @@ class Moments(NamedTuple):
         return math.sqrt((self.tokens / wanted - 1.0) / (self.tokens / effective - 1.0))
 
     def weights(self, square_T: Tensor, start_T: Tensor) -> Tensor:
-        """Of tokens of these squares, (T,); of mean 1 over all but those of a shared start, which are not shrunk."""
+        """Weights of tokens, (T,), of mean 1 over all but those of a shared start, which are not shrunk."""
         own_T = square_T.pow(POWER) * (self.tokens / self.total)
         return torch.where(start_T, own_T, torch.lerp(torch.ones_like(own_T), own_T, self.kept))
 
 
 def row_weights(square_O: Tensor, tokens: float = math.inf) -> Tensor:
-    """Of a linear's rows, (O,), with the mean of their squares; shrunk towards it where ``tokens`` are few."""
+    """Weights of a linear's rows, (O,), with the mean of their squares; shrunk towards it where ``tokens`` are few."""
     tempered_O = square_O.pow(POWER)
     weight_O = tempered_O * (square_O.mean() / tempered_O.mean())
     return weight_O if tokens == math.inf else torch.lerp(weight_O.mean(), weight_O, tokens / (tokens + FEW_TOKENS))

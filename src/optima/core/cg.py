@@ -225,7 +225,7 @@ def _factor_analysis(hessian: Hessian, scale_D: Tensor, count: int) -> tuple[Ten
 def _orthonormal(image_VD: Tensor) -> tuple[Tensor, Tensor]:
     """An orthonormal basis of the rows' span, in the order of their principal axes, and the lengths along those.
 
-    Of the image of an orthonormal basis, these are estimates of eigenvectors and eigenvalues.
+    Applied to the image of an orthonormal basis, they estimate eigenvectors and eigenvalues.
     """
     square_VV = (image_VD.double() @ image_VD.double().mT).cpu()  # some dozens: a GPU takes longer, and is waited for
     square_V, rotation_VV = torch.linalg.eigh(square_VV)

@@ -1,4 +1,4 @@
-"""Solved weights in a checkpoint's dtype, and the certificate of what is written.
+"""Solved weights in a checkpoint's dtype, and the certificate of the written weights.
 
 With the certificate of the solved row v, E(v*) >= E(v) - bound. So the written row q is within E(q) - E(v) + bound of
 the optimum, and E(q) takes one product in float64.

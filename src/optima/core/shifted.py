@@ -108,7 +108,7 @@ def _multiplier(matrix_DD: Tensor) -> Solve:
 
 
 def largest_eigenvalue(matrix_DD: Tensor) -> float:
-    """Of a positive semidefinite matrix, seldom a fifth too low: by powers of a random vector."""
+    """The largest eigenvalue of a positive semidefinite matrix, usually within 20% below: by powers of a vector."""
     if not len(matrix_DD):
         return 0.0
     (vector_D,) = fixed_directions(1, matrix_DD)

@@ -100,7 +100,6 @@ def solve_with_restarts(hessian: Hessian, problem: RowProblem, inner: Inner, gap
 
 
 def _first_round(verifier: Verifier, inner: Inner, unit_R: Tensor) -> tuple[Tensor, Certificate, Tensor, Tensor]:
-    """Weights, certificates, iterations and the masks' own errors after one solve from the better start of each row."""
     start_RD, *others = _starts(verifier, ALL)
     residual_RD, error_R = _residual(verifier, start_RD)
     mask_error_R = error_R * unit_R
@@ -122,7 +121,6 @@ def _first_round(verifier: Verifier, inner: Inner, unit_R: Tensor) -> tuple[Tens
 
 
 def _starts(verifier: Verifier, rows: slice | Tensor) -> list[Tensor]:
-    """The masked target, and the problem's own start if there is one."""
     problem = verifier.problem
     masked_RD = problem.target_RD[rows] * verifier.mask_RD[rows].to(problem.target_RD.dtype)
     return [masked_RD] if problem.start_RD is None else [masked_RD, problem.start_RD[rows]]
@@ -251,7 +249,6 @@ class Auto:
         return _joined([found.rows(rows[0]), direct], rows)
 
     def _direct(self, hessian: Hessian, kept_R: Tensor) -> Tensor:
-        """Which rows to solve directly."""
         num_inputs = float(hessian.num_inputs)
         size_R = torch.minimum(kept_R, num_inputs - kept_R)
         dual_R = 2 * kept_R > num_inputs
@@ -268,7 +265,6 @@ class Auto:
 
 
 def _joined(parts: list[RowSolution], rows: list[Tensor]) -> RowSolution:
-    """One solution of all rows, in order, of ``parts`` that have these each."""
     return concatenate(parts).rows(torch.cat(rows).argsort())
 
 

@@ -88,7 +88,6 @@ def load_documents(
 
 
 def _open(name: str, split: str) -> tuple[Any, str | None]:
-    """A streamed dataset, and its commit if it is on the hub."""
     from datasets import load_dataset, load_dataset_builder
 
     with _explained(name):
@@ -108,7 +107,6 @@ def _open(name: str, split: str) -> tuple[Any, str | None]:
 
 
 def _values(name: str, records: Iterable[dict[str, Any]]) -> Iterator[Any]:
-    """The text or chat of each record that has one."""
     found, columns = False, list[str]()
     with _explained(name):
         for record in records:
@@ -155,7 +153,6 @@ def _chat_text(name: str, messages: list[dict[str, Any]], tokenizer: PreTrainedT
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Name the dataset in what its readers raise."""
     from datasets.exceptions import DatasetsError
 
     try:

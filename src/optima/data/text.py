@@ -60,7 +60,6 @@ def calibration_tokens(
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Texts that are tokenised at once."""
     batch: list[str] = []
     for text in documents:
         if not isinstance(text, str):

@@ -20,6 +20,7 @@ from optima.errors import ModelError, RecipeError
 from optima.evaluation.compare import compare, estimate
 from optima.evaluation.perplexity import PROTOCOLS, evaluation_windows, measure_windows
 from optima.evaluation.record import ComparisonRecord, DivergenceRecord, Evaluation, ModelRecord, PerplexityRecord
+from optima.evaluation.speed import measure_speed
 from optima.evaluation.tasks import BATCH_SIZE, find_items, load_tasks, zero_shot
 from optima.models.load import Source, find_source, load_model, load_tokenizer
 from optima.reporting.record import library_versions
@@ -40,6 +41,7 @@ def evaluate(
     tasks: str | Sequence[str] = (),
     task_data: str | None = None,
     task_limit: int | None = None,
+    speed: bool = False,
     batch_size: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -60,6 +62,7 @@ def evaluate(
         tasks: tasks, groups or tags of lm-eval.
         task_data: directory with a file of items for each task, see ``load_tasks``; None uses the hub.
         task_limit: use the first items of each task only.
+        speed: measure tokens per second, with all models in memory and in turn.
         batch_size: windows (default 1) or choices of a task (default 8) in one forward pass.
         device: auto, cpu, cuda or cuda:N.
         dtype: load the models in this; auto keeps the checkpoint's.
@@ -130,14 +133,20 @@ def evaluate(
                 comparisons=tuple(_compare(measured[0], other) for other in measured[1:]),
             )
             save(found)
+        if speed:
+            with memory_explained("leave --speed out (it keeps all models in memory)"):
+                speeds = measure_speed([load_model(source, dtype, place) for source, *_ in subjects])
+            records = zip(found.models, speeds, strict=True)
+            found = replace(found, models=tuple(replace(record, speed=each) for record, each in records))
+            save(found)
     return found
 
 
 def _check(
     models: Sequence[str], dataset: Sequence[str], tasks: Sequence[str], divergence: bool, protocol: str, **others: Any
 ) -> None:
-    if not (models and (dataset or tasks)):
-        raise RecipeError("nothing to evaluate: name models, and a text with --dataset or tasks with --tasks")
+    if not (models and (dataset or tasks or others["speed"])):
+        raise RecipeError("nothing to evaluate: name models, and a text with --dataset, tasks with --tasks, or --speed")
     if divergence and not (dataset and len(models) > 1):
         raise RecipeError("--divergence compares models on a text: name two models or more, and a --dataset")
     if protocol not in PROTOCOLS:

@@ -140,18 +140,16 @@ def measure_windows(
 
 
 def perplexity(model: PreTrainedModel, tokens_NL: Tensor, *, batch_size: int = 1) -> float:
-    """exp(mean of -log p(next token)), infinite where that overflows; errors as of ``measure_windows``."""
+    """exp(mean of -log p(next token)), infinite where that overflows; errors: see ``measure_windows``."""
     return measure_windows(model, tokens_NL, batch_size=batch_size).loss_N.mean().exp().item()
 
 
 def _losses(logits_BCV: Tensor, next_BC: Tensor) -> Tensor:
-    """Sum over the positions of each window, (B,)."""
     loss_T = cross_entropy(logits_BCV.flatten(0, 1), next_BC.to(logits_BCV.device).flatten(), reduction="none")
     return loss_T.cpu().double().view(next_BC.shape).sum(dim=1)
 
 
 def _divergences(p_BCV: Tensor, q_BCV: Tensor) -> Tensor:
-    """KL(p || q), summed over the positions of each window, (B,)."""
     kl_BCV = kl_div(log_softmax(q_BCV, dim=-1), log_softmax(p_BCV, dim=-1), reduction="none", log_target=True)
     return kl_BCV.sum(dim=-1).cpu().double().sum(dim=1)
 

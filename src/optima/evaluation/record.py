@@ -66,6 +66,16 @@ class TaskRecord(Record):
 
 
 @dataclass(frozen=True)
+class SpeedRecord(Record):
+    """Tokens per second, one sequence at a time, with no other model at work."""
+
+    prompt: Int  # tokens that are read
+    new: Int  # tokens that are generated after them
+    prefill: float  # tokens of the prompt per second
+    decode: float | None  # generated tokens per second; None for a model that generates none
+
+
+@dataclass(frozen=True)
 class ModelRecord(Record):
     """What was measured of one model."""
 
@@ -76,6 +86,7 @@ class ModelRecord(Record):
     perplexity: PerplexityRecord | None = None
     divergence: DivergenceRecord | None = None  # from the first model
     tasks: tuple[TaskRecord, ...] = ()
+    speed: SpeedRecord | None = None
 
 
 @dataclass(frozen=True)

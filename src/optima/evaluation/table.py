@@ -38,6 +38,19 @@ def render_evaluation(found: Evaluation) -> str:
         [[m.model, _cell(m.divergence.kl, ".4f"), _cell(m.divergence.top1, ".2%")] for m in models if m.divergence],
         [f"KL divergence from {first} in nats a token, and how often both predict the same token"],
     )
+    speeds = [(model.model, model.speed) for model in models if model.speed is not None]
+    add(
+        ["model", "prefill, tokens/s", "decode, tokens/s", "prefill ratio", "decode ratio"],
+        [
+            [
+                *(name, f"{speed.prefill:.0f}", "" if speed.decode is None else f"{speed.decode:.1f}"),
+                f"{speed.prefill / speeds[0][1].prefill:.2f}",
+                f"{(speed.decode or 0.0) / speeds[0][1].decode:.2f}" if speeds[0][1].decode else "",
+            ]
+            for name, speed in speeds
+        ],
+        [f"medians, models in turn: {speed.prompt} tokens read, {speed.new} generated" for _, speed in speeds],
+    )
     add(
         ["task", "metric", "items", *(model.model for model in models)],
         [

@@ -132,7 +132,6 @@ def _record(task: str, results: Mapping[str, Any], samples: Sequence[Mapping[str
 
 @cache
 def _manager() -> Any:
-    """lm-eval's index of tasks, which takes seconds to build."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -141,7 +140,6 @@ def _manager() -> Any:
 
 
 def _with_items(name: str, file: Path) -> dict[str, Any]:
-    """A group of one task of lm-eval, which reads its items from a file."""
     if name not in _manager().all_subtasks:
         raise ValueError("items of a file need a single task")
     task = {

@@ -80,7 +80,7 @@ def _costs(saliency_RC: Tensor, channel_GM: Tensor, pattern: NM) -> Tensor:
 
 
 def writer_saliency(channels: Channels, weight_OD: Tensor, hessian: Hessian, row_O: Tensor | None) -> Saliency:
-    """Of the linear that writes the values of heads, (H, W, D).
+    """The saliency of the linear that writes the values of heads, (H, W, D).
 
     Args:
         channels: of heads.
@@ -101,7 +101,7 @@ def writer_saliency(channels: Channels, weight_OD: Tensor, hessian: Hessian, row
 
 
 def reader_saliency(channels: Channels, weight_OD: Tensor, hessian: Hessian, row_O: Tensor | None) -> Saliency:
-    """Of the linear that reads the values, (H, C, O, W); arguments as of ``writer_saliency``."""
+    """The saliency of the linear that reads the values, (H, C, O, W); see ``writer_saliency``."""
     index_HCW = channels.read_HCW.to(weight_OD.device)
     out_OD = weight_OD * (1.0 if row_O is None else row_O.to(weight_OD).sqrt()[:, None])
     out_HCOW = out_OD[:, index_HCW].permute(1, 2, 0, 3)
@@ -164,7 +164,6 @@ def _orthogonal(skew_HWW: Tensor) -> Tensor:
 
 
 def _pruned(saliency: Saliency, pattern: NM, rotation_HWW: Tensor) -> Tensor:
-    """The saliency that the pattern prunes after a rotation."""
     group_GM = saliency(rotation_HWW).reshape(-1, pattern.m)
     threshold_G1 = kth_lowest(group_GM.detach(), pattern.m - pattern.n)
     pruned: Tensor = torch.where(group_GM <= threshold_G1, group_GM, 0.0)

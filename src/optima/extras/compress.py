@@ -142,7 +142,6 @@ def _restore_shard(source: Path, target: Path) -> None:
 
 
 def _original(header: bytes, parts: dict[str, Tensor]) -> bytes:
-    """The bytes of the file that has this header."""
     entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
     found = [len(header).to_bytes(8, "little"), header]
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
@@ -159,9 +158,8 @@ def _load(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"{file} is no whole safetensors file ({error}): fetch it again") from error
+        raise ModelError(f"{file} is not a whole safetensors file ({error}): fetch it again") from error
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor as integers, (N,)."""
     return tensor.reshape(-1).view(INTEGERS[tensor.element_size()])

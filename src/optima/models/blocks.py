@@ -169,7 +169,6 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def _stack(model: nn.Module, root: nn.Module, part: Literal["whole", "encoder", "decoder"]) -> Stack:
-    """The largest list of blocks inside ``root``, a module of ``model``."""
     inside = set(root.modules())
     lists = [
         (name, module)

@@ -98,7 +98,6 @@ def _move(tensor: Tensor, dim: int, index_HCW: Tensor, ways: Tensor) -> None:
 
 
 def _bias_of(linear: Linear) -> Tensor | None:
-    """A view of its biases, (O,), if it has some."""
     if (expert := linear.expert) is None:
         bias = linear.module.bias
         return bias.detach() if isinstance(bias, Tensor) else None

@@ -32,7 +32,7 @@ def shape_of(part: Any) -> Tensor:
 
 
 def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Of each tensor on disk that of the model which it becomes (a part of); the first, if they are several."""
+    """Maps each name on disk to the first model tensor that contains it, or a part of it."""
     rules = getattr(model, "_weight_conversions", None) or []
     renamings = [each for each in rules if isinstance(each, WeightRenaming)]
     converters = [each for each in rules if isinstance(each, WeightConverter)]

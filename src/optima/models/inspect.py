@@ -38,7 +38,7 @@ def check_length(model: nn.Module, length: int) -> None:
         if length < 2:
             raise ModelError(f"{type(model).__name__} reads the two halves of a text: use --max-seq-length 2 or more")
         length = length - length // 2
-    positions = _num_positions(model)
+    positions = num_positions(model)
     if positions is not None and length > positions:
         raise ModelError(
             f"sequences of {length} tokens exceed the {positions} positions of {type(model).__name__}: "
@@ -46,7 +46,7 @@ def check_length(model: nn.Module, length: int) -> None:
         )
 
 
-def _num_positions(model: nn.Module) -> int | None:
+def num_positions(model: nn.Module) -> int | None:
     """The longest sequence that the model has positions for; None if it names no limit."""
     config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
     positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT's name

@@ -99,7 +99,7 @@ class Source:
 def find_source(name: str, trust_remote_code: bool = False) -> Source:
     """The model that the user named: a local directory, a GGUF file, or a hub id, as ``NAME`` or ``NAME@REVISION``.
 
-    Of a hub model all but the weights is downloaded; of GGUF files, all.
+    All files of a hub model but its weights are downloaded; GGUF files are downloaded whole.
 
     Raises:
         ModelError: if there is none, or a directory has no safetensors weights.
@@ -277,7 +277,7 @@ def load_model(source: Source, dtype: str = "auto", device: torch.device | None 
 def load_whole(
     source: Source, dtype: str, device: torch.device | None = None
 ) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """As ``load_model``; names of weights that the checkpoint may lack, and does; of those that have no place."""
+    """As ``load_model``; returns the model, missing optional weights, and weights without a place in the model."""
     config = load_config(source)
     arguments: dict[str, Any] = {"use_safetensors": True, "config": config, **LOADING, **source.arguments}
     if source.gguf_file and hasattr(transformers, "GgufConfig"):  # newer releases keep weights packed by default

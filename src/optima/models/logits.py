@@ -96,7 +96,7 @@ def exponentials(logits_TV: Tensor) -> Tensor:
 
 
 def sampled_tokens(weight_TV: Tensor, drawn_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each position a token, (T, 1), sampled in proportion to the weights, and their sum.
+    """A token for each position, (T, 1), sampled in proportion to the weights, and their sum.
 
     Args:
         weight_TV: not negative.

@@ -59,7 +59,6 @@ class MaskFiles:
 
     @cached_property
     def _checkpoint(self) -> Streamed:
-        """A directory as transformers reads it."""
         source = find_source(str(self.path), self._trusted)
         return open_checkpoint(source, skeleton(source), "auto")
 
@@ -105,7 +104,6 @@ class MaskFiles:
         return stored != 0
 
     def _converted(self, name: str) -> Tensor:
-        """The zeros of a weight that a checkpoint stores under another name, or in parts."""
         why = ""
         if (self.path / "config.json").is_file():
             try:

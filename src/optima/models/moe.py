@@ -103,7 +103,7 @@ class FusedExperts:
         return output_TD
 
     def _scaled(self, hidden_TD: Tensor) -> Tensor:
-        """Of all tokens for one expert after another, scaled by the router; zeros are routed elsewhere."""
+        """The output for all tokens, scaled by the router, expert after expert; zeros are routed elsewhere."""
         found = []
         for expert, own_TD in enumerate(hidden_TD.view(self.count, -1, hidden_TD.shape[-1])):
             output_TD = torch.zeros_like(own_TD)
@@ -137,7 +137,7 @@ def experts_of(module: nn.Module, prefix: str) -> list[FusedExperts]:
 
 
 def _layout(module: nn.Module) -> dict[str, bool]:
-    """Of both fused parameters whether inputs come first; empty if there are none, or their shapes do not say.
+    """Whether inputs come first in each fused parameter; empty if there are none, or shapes do not say.
 
     The first leads from the hidden size to another, the last one back; the same size stands at both ends.
     """

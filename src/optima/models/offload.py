@@ -288,7 +288,6 @@ class Streamed(Weights):
             self._kept.clear()
 
     def _keep(self, names: Sequence[str]) -> None:
-        """Read ``names`` and bring them to the device, until the phase ends."""
         self._kept += self.read(names)
         for name in names:
             parameter = self._get(name)
@@ -358,7 +357,6 @@ def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> S
 
 
 def _stored(source: Source) -> dict[str, _Stored]:
-    """Every tensor of a checkpoint by its name there."""
     stored: dict[str, _Stored] = {}
     for file in fetch_weights(source):
         try:  # tensors are read, not mapped: a private mapping of a file counts as memory of the process

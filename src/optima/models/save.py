@@ -31,7 +31,7 @@ from optima.models.offload import Weights
 from optima.stopping import stop_if_asked
 
 ONE_FILE = 2**62  # bytes in a shard: no shard is split
-OUTSIDE = ""  # the group of what is in no block
+OUTSIDE = ""  # the group of the tensors outside the blocks
 LARGE_BYTES = 2**30  # an embedding above this has a file of its own, so that no more is in memory at a time
 
 
@@ -114,7 +114,6 @@ class Writer:
         }
 
     def _renamed(self, block: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a block under their names in the output."""
         return {self._blocks[block] + name.removeprefix(block): tensor for name, tensor in tensors.items()}
 
     @property
@@ -124,11 +123,10 @@ class Writer:
 
     @property
     def notes(self) -> list[str]:
-        """What this and earlier runs made of what was there, for the report."""
+        """Where this and earlier runs continued, for the report."""
         return list(dict.fromkeys(line["note"] for line in self.journal.lines if "note" in line))
 
     def _resume(self) -> None:
-        """Find the blocks that count, and note what does not."""
         problem = self.journal.problem
         for number, line in enumerate(self.journal.lines):
             if "block" not in line:
@@ -143,7 +141,7 @@ class Writer:
         self.journal.append({"note": f"resumed {last}" + (f": {problem}" if problem else "")})
 
     def _place(self, name: str) -> Path:
-        """Of a shard, or of a file that only a resumed run reads."""
+        """The path of a shard, or of a file that only a resumed run reads."""
         return (self._scratch if name.startswith("block-") else self.directory) / name
 
     def commit(
@@ -216,7 +214,6 @@ class Writer:
             self._write_index()
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> Path:
-        """One shard, in a temporary directory first."""
         with TemporaryDirectory(dir=self._scratch) as scratch, no_bars():
             self.model.save_pretrained(scratch, state_dict=dict(tensors), max_shard_size=ONE_FILE)
             shard = Path(scratch, WEIGHTS)
@@ -242,7 +239,7 @@ class Writer:
 
 
 def _groups(model: PreTrainedModel, blocks: Sequence[str], every: Sequence[str]) -> dict[str, list[str]]:
-    """The tensors of each file: of a block; of what is in none of ``every`` block, in one file but for large ones."""
+    """The tensors of each file: of a block; of those in none of ``every`` block, in one file but for large ones."""
     groups: dict[str, list[str]] = {block: [] for block in [*blocks, OUTSIDE]}
     large: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -256,7 +253,6 @@ def _groups(model: PreTrainedModel, blocks: Sequence[str], every: Sequence[str])
 
 
 def _written_plainly(shard: Path, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that the file holds under the same name, bit for bit."""
     with safe_open(shard, framework="pt") as opened:
         there = tensors.keys() & set(opened.keys())
         return [name for name in tensors if name in there and opened.get_tensor(name).equal(tensors[name].cpu())]

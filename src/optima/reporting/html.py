@@ -67,7 +67,6 @@ def render_html(report: Report) -> str:
 
 
 def _view(report: Report) -> dict[str, Any]:
-    """What the templates show of a run."""
     kinds = by_kind(report.linears)
     recipe = to_jsonable_python(report.run.recipe, inf_nan_mode="strings")
     number = {linear: i for i, members in enumerate(kinds.values()) for linear in members}

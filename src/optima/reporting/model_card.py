@@ -101,7 +101,6 @@ def _body(directory: Path, report: Report) -> str:
 
 
 def _loader(names: Sequence[str], own: Mapping[str, str]) -> str:
-    """The class of transformers that loads the checkpoint, with its head if it has one."""
     if loader := auto_class(own, names):
         return loader
     if any(name.endswith("ForCausalLM") for name in names):

@@ -229,7 +229,7 @@ Kind = TypeVar("Kind", bound=Record)
 
 
 def load_record(path: str | Path, kind: type[Kind], name: str, version: int) -> Kind:
-    """Read the file of a record, or the one called ``name`` in a directory; errors as of ``load_report``."""
+    """Read the file of a record, or the one called ``name`` in a directory; errors: see ``load_report``."""
     file = Path(path).expanduser()
     file = file / name if file.is_dir() else file
     try:

@@ -48,7 +48,6 @@ def summary(report: Report) -> list[str]:
 
 
 def _shrunk(report: Report) -> list[str]:
-    """What ``optima shrink`` removed and what was lost."""
     dense, small = report.sizes
     share = small.parameters / dense.parameters
     lines = [
@@ -105,7 +104,6 @@ def _errors(linears: Linears) -> str:
 
 
 def _certificate(report: Report) -> list[str]:
-    """What is proven of the solution, and whether that holds for the weights as written."""
     found, total, tuned = report.gap_max, rows_solved(report.linears), num_tuned(report.linears)
     if found is None:
         return ["No certificate: no solver ran."]

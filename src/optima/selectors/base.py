@@ -108,5 +108,5 @@ def load_foreign(path: str) -> Selector:
         for each in added:
             sys.path.remove(each)
     if not isinstance(selector, Selector):
-        raise RecipeError(f"selector {path} is no selector: it needs published_scope and select(task, pattern)")
+        raise RecipeError(f"selector {path} is not a selector: it needs published_scope and select(task, pattern)")
     return selector

@@ -103,7 +103,6 @@ def _width_names(model: PreTrainedModel, stack: Stack) -> list[str]:
 def _shapes(
     model: PreTrainedModel, stack: Stack, names: dict[str, str], width: int | None
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of the smaller model, by its name there."""
     sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     for block in stack.blocks if width is not None else ():
         neurons = find_neurons(block)

@@ -62,7 +62,6 @@ def _without_each(
     removed: Collection[int],
     run: RunState,
 ) -> dict[int, float]:
-    """The divergence without ``removed`` and each candidate, whose hidden states pass through a block together."""
     base, ways = part.part(), dict[int, Activations]()
     for block in stack.blocks:
         if block.index in removed:
