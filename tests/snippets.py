@@ -119,7 +119,8 @@ class World:
             case ["optima", "eval", *_] if "--tasks" in words:
                 pass  # test_tasks.py has items
             case ["optima", command, *arguments]:
-                if {"shrink", "--neurons", "--blocks"} & set(words) and not Path(arguments[0]).exists():
+                if {"--neurons", "--blocks"} & set(words):  # a model that has something to lose
+                    arguments[0] = f"{arguments[0]}-deep"
                     deep = make_llama(num_hidden_layers=5, intermediate_size=512, max_position_embeddings=256)
                     save_model(Path(arguments[0]), deep)
                 arguments = [self._argument(*pair) for pair in zip(["", *arguments], arguments, strict=False)]
